@@ -1,0 +1,86 @@
+"""Two ranks (gloo) against one, through the command line; judged by the files they leave."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import differing, read_tensors, write_recipe
+
+
+def _distil(vpae, plain, folder, *, ranks=1, resume=False):
+    recipe = write_recipe(plain, folder.with_suffix(".yaml"))
+    done = vpae("distill", recipe, "--output", folder, *(["--resume"] if resume else []), ranks=ranks)
+    assert (folder / "recipe.yaml").is_file(), done.stderr[-2000:]
+    return done
+
+
+def _ema(tensors):
+    return {k: v for k, v in tensors.items() if k.startswith("ema.")}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_ranks_equal_one_on_the_same_global_batch(vpae, micro_recipe, tmp_path, kind):
+    """Gradients (Adam's first moment at beta1 = 0) agree to fp32 round-off for every player of both phases."""
+    micro_recipe["student"]["kind"] = kind
+    micro_recipe["priming"]["student_steps"] = micro_recipe["equilibrium"]["student_steps"] = 1
+    for ranks in (1, 2):
+        _distil(vpae, micro_recipe, tmp_path / str(ranks), ranks=ranks)
+    for phase in ("priming", "equilibrium"):
+        one, two = (read_tensors(tmp_path / ranks / phase) for ranks in ("1", "2"))
+        for player in ("student", "fake_score", "head"):
+            moments = [{k: v for k, v in t.items() if k.startswith(f"optimiser.{player}.")} for t in (one, two)]
+            moments = [{k: v for k, v in m.items() if k.endswith("exp_avg")} for m in moments]
+            if moments[0]:
+                scale = max(float(v.abs().max()) for v in moments[0].values())
+                assert scale > 0 and differing(*moments, tolerance=2e-3 * scale) == []
+        gap = torch.cat([(one[k] - two[k]).flatten() for k in _ema(one)])
+        assert float(gap.abs().mean()) < 1e-6
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(vpae, micro_recipe, tmp_path):
+    short = copy.deepcopy(micro_recipe)
+    short["equilibrium"] = None
+    whole = _distil(vpae, short, tmp_path / "one")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    short["engine"]["checkpoint_every"] = 4
+    _distil(vpae, short, tmp_path / "two", ranks=2)
+    newest = sorted((tmp_path / "two" / "priming" / "checkpoints").iterdir())[-1]
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    state = json.loads((tmp_path / "two/priming/checkpoints/step-00000008/state.json").read_text())
+    assert state["world_size"] == 2 and state["position"] == 32
+    done = _distil(vpae, short, tmp_path / "two", resume=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = _ema(read_tensors(tmp_path / "one/priming")), _ema(read_tensors(tmp_path / "two/priming"))
+    gap = torch.cat([(a[k] - b[k]).flatten() for k in a])
+    assert float(gap.abs().mean()) < 1e-6
+
+
+def test_one_bad_sample_stops_all_ranks(vpae, micro_recipe, tmp_path):
+    """A world of two ranks of which one sees a NaN: both leave, the exit is not 0, no checkpoint is written."""
+    from vpae import recipe as recipes
+    from vpae.data.cache import prepare
+    from vpae.data.encoders import Encoders
+    from vpae.engine.parallel import start
+
+    micro_recipe["data"]["cache"] = str(tmp_path / "poisoned")
+    recipe = recipes.from_plain(micro_recipe, "test")
+    cache = prepare(recipe.data, Encoders(recipe.teacher.path), start())
+    shard = tmp_path / "poisoned" / cache.manifest["shards"][0]["file"]
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(shard)
+    tensors["x0"][3] = float("nan")
+    save_file(tensors, shard, metadata={"captions": json.dumps(cache.manifest["captions"])})
+    manifest = json.loads((tmp_path / "poisoned" / "manifest.json").read_text())
+    from vpae.runs import sha256
+
+    manifest["shards"][0] |= {"sha256": sha256(shard), "bytes": shard.stat().st_size}
+    (tmp_path / "poisoned" / "manifest.json").write_text(json.dumps(manifest))
+    done = _distil(vpae, micro_recipe, tmp_path / "run", ranks=2)
+    assert done.returncode != 0 and "not finite on at least one rank" in done.stderr
+    assert not list((tmp_path / "run").rglob("state.json"))

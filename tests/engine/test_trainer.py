@@ -1,0 +1,121 @@
+"""The loop: exact resume, accumulation, finite check, who moves when."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import differing, make_trainer, snapshot
+
+from vpae.engine.tracking import read_log
+from vpae.errors import UserError
+
+PHASES = ("priming", "equilibrium")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_train_save_resume_train_equals_training_through(micro_recipe, tmp_path, phase, kind, stop):
+    """Stops lie between a fake-score or head turn and a student turn, and inside an epoch (20 clips, 4 a turn)."""
+    micro_recipe["student"]["kind"] = kind
+    through = make_trainer(micro_recipe, phase, tmp_path / "through")
+    through.train(until=6)
+    make_trainer(micro_recipe, phase, tmp_path / "halves").train(until=stop)
+    second = make_trainer(micro_recipe, phase, tmp_path / "halves")
+    assert second.resume() and second.turn == stop
+    second.train(until=6)
+    assert differing(snapshot(through), snapshot(second)) == []
+    turns = [record["turn"] for record in read_log(tmp_path / "halves" / phase / "log.jsonl")]
+    assert turns == sorted(set(turns)) == list(range(6))
+
+
+def test_training_moves_exactly_the_player_whose_turn_it_is(micro_recipe, tmp_path):
+    trainer = make_trainer(micro_recipe, "priming", tmp_path)
+    for turn in range(6):
+        before, player = snapshot(trainer), trainer.method.player_of(turn)
+        trainer.train(until=turn + 1)
+        moved = {name.removeprefix("optimiser.").split(".")[0] for name in differing(before, snapshot(trainer))}
+        assert moved == ({"student", "ema"} if player == "student" else {"fake_score"})
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_accumulated_micro_batches_equal_the_large_batch(micro_recipe, tmp_path, phase):
+    results = []
+    for micro in (1, 4):
+        micro_recipe["engine"]["micro_batch"] = micro
+        trainer = make_trainer(micro_recipe, phase, tmp_path / str(micro))
+        trainer.train(until=6)
+        results.append(snapshot(trainer))
+    # Adam at beta1 = 0 turns round-off in gradients near zero into steps of the size of the learning rate
+    moments = [{k: v for k, v in r.items() if k.endswith("exp_avg") and "student" in k} for r in results]
+    scale = max(float(v.abs().max()) for v in moments[0].values())
+    assert differing(*moments, tolerance=1e-3 * scale) == []
+    weights = [torch.cat([v.flatten() for k, v in r.items() if k.startswith("ema.")]) for r in results]
+    assert float((weights[0] - weights[1]).abs().mean()) < 1e-6
+
+
+def test_a_nan_stops_the_run_before_anything_moves(micro_recipe, tmp_path):
+    trainer = make_trainer(micro_recipe, "priming", tmp_path)
+    trainer.train(until=2)
+    before, fetch = snapshot(trainer), trainer.run.fetch
+
+    def poisoned(indices, draws):
+        batch = fetch(indices, draws)
+        batch.x0[0, 0, 0, 0, 0] = float("nan")
+        return batch
+
+    trainer.run.fetch = poisoned
+    with pytest.raises(UserError, match=r"turn 2 \(student\).*not finite.*--resume"):
+        trainer.train(until=3)
+    assert differing(before, snapshot(trainer)) == []
+
+
+def test_resuming_with_another_recipe_or_batch_is_refused(micro_recipe, tmp_path):
+    make_trainer(micro_recipe, "priming", tmp_path).train(until=1)
+    for section, key, value in (("priming", "guidance_scale", 3.0), ("engine", "global_batch", 8)):
+        other = copy.deepcopy(micro_recipe)
+        other[section][key] = value
+        with pytest.raises(UserError, match="was made with another recipe"):
+            make_trainer(other, "priming", tmp_path).resume()
+
+
+def test_the_log_of_turns_that_run_again_is_replaced(micro_recipe, tmp_path):
+    trainer = make_trainer(micro_recipe, "equilibrium", tmp_path)
+    trainer.train(until=3)
+    log = tmp_path / "equilibrium" / "log.jsonl"
+    log.write_text(log.read_text() + '{"turn": 3, "stale": 1}\n{"turn": 4, "cut')
+    second = make_trainer(micro_recipe, "equilibrium", tmp_path)
+    second.resume()
+    second.train(until=5)
+    records = read_log(log)
+    assert [r["turn"] for r in records] == [0, 1, 2, 3, 4] and not any("stale" in r for r in records)
+
+
+def test_tensorboard_holds_the_same_scalars_as_the_log(micro_recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make_trainer(micro_recipe, "equilibrium", tmp_path).train()
+    events = EventAccumulator(str(tmp_path / "equilibrium" / "tensorboard"))
+    events.Reload()
+    logged: dict[str, dict[int, float]] = {}
+    for record in read_log(tmp_path / "equilibrium" / "log.jsonl"):
+        for key in record.keys() - {"turn", "seconds"}:
+            logged.setdefault(key, {})[record["turn"]] = record[key]
+    assert set(events.Tags()["scalars"]) == set(logged)
+    for tag, values in logged.items():
+        for event in events.Scalars(tag):
+            assert event.value == pytest.approx(values[event.step], rel=1e-4, nan_ok=True)
+    expected = {"head/adversarial", "head/st_r1", "head/logit_real", "head/logit_fake", "head/gradient_norm"}
+    expected |= {"student/adversarial", "student/c_sds", "student/gradient_norm"}
+    expected |= {"watch/motion_ratio", "watch/frame0_likeness", "watch/channel_drift"}
+    assert expected <= set(logged)
+
+
+def test_an_impossible_split_of_the_batch_is_named(micro_recipe, tmp_path):
+    from vpae.engine.parallel import Processes
+
+    three = Processes(0, 3, torch.device("cpu"), None)
+    with pytest.raises(UserError, match="cannot be split over 3 ranks.*multiple of 6"):
+        make_trainer(micro_recipe, "priming", tmp_path, three)

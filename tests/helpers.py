@@ -1,0 +1,54 @@
+"""Small tools of the engine's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from vpae import recipe as recipes
+from vpae.data.cache import prepare
+from vpae.data.encoders import Encoders
+from vpae.distill import build_phase
+from vpae.engine import checkpoint as checkpoints
+from vpae.engine.parallel import Processes, start
+from vpae.engine.trainer import Trainer
+
+
+def write_recipe(plain: dict, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def make_trainer(plain: dict, phase: str, folder: Path, processes: Processes | None = None) -> Trainer:
+    """A trainer of one phase without its gallery."""
+    processes = processes or start()
+    recipe = recipes.from_plain(plain, "test")
+    encoders = Encoders(recipe.teacher.path)
+    trainer = build_phase(recipe, phase, folder, prepare(recipe.data, encoders, processes), encoders, processes)
+    trainer.run.gallery = None
+    return trainer
+
+
+def snapshot(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.tensors().items()}
+
+
+def read_tensors(run: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint under a phase's folder, whole, whatever number of ranks wrote it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found = checkpoints.find(run / "checkpoints")
+    stored = HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(tuple(meta.size)) for name, meta in stored.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(found.folder)), no_dist=True)
+    return tensors
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> list[str]:
+    """Names of the tensors that differ by more than ``tolerance``; both must have the same names."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.allclose(a[name], b[name], rtol=0, atol=tolerance)]

@@ -1,0 +1,191 @@
+"""Optional packages are touched only when asked for, and their absence is an error with the line that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from diffusers.models import attention_dispatch
+
+from vpae import extras
+from vpae.errors import UserError
+
+# A finder that finds nothing and records every attempt to import one of the two, so that `try: import` counts even
+# where it fails. A mere look-up (`importlib.util.find_spec`, as in diffusers and transformers) loads nothing and does
+# not count.
+PROBE = """
+import importlib.abc, sys
+
+attempts = []
+
+class Recorder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        frame, callers = sys._getframe(1), []
+        while frame is not None and "importlib" in frame.f_code.co_filename:
+            callers.append(frame.f_code.co_name)
+            frame = frame.f_back
+        if name.partition(".")[0] in ("xformers", "flash_attn") and "_find_and_load" in callers:
+            attempts.append(name)
+
+sys.meta_path.insert(0, Recorder())
+"""
+IMPORT_ALL_OF_VPAE = """
+import importlib, pkgutil, vpae
+names = [m.name for m in pkgutil.walk_packages(vpae.__path__, "vpae.")]
+assert "vpae.extras" in names and "vpae.data.bounce" in names, names
+for name in names:
+    importlib.import_module(name)
+"""
+REPORT = "\nprint('attempts:', *attempts)"
+
+
+def imports_tried_by(source: str) -> list[str]:
+    run = subprocess.run([sys.executable, "-c", PROBE + source + REPORT], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.rpartition("attempts:")[2].split()
+
+
+def test_no_module_of_the_package_imports_a_gpu_kernel():
+    installed = {d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    if installed & {"xformers", "flash-attn"}:
+        pytest.skip("this is not a CPU-only install: diffusers itself imports the kernels that it finds")
+    assert imports_tried_by(IMPORT_ALL_OF_VPAE) == []
+
+
+def test_the_probe_sees_a_guarded_import_and_no_look_up():
+    guarded = "\ntry:\n    import xformers.ops\nexcept ImportError:\n    pass\n"
+    look_up = "\nimport importlib.util\nimportlib.util.find_spec('flash_attn')\n"
+    assert imports_tried_by(look_up + guarded) == ["xformers"]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes one package look installed in a version, with the module it would import as (an error to raise, or one)."""
+
+    def install(name: str, version: str, module: types.ModuleType | Exception) -> None:
+        package = extras.OPTIONAL_PACKAGES[name]
+
+        def import_module(wanted: str) -> types.ModuleType:
+            assert wanted == package.module
+            if isinstance(module, Exception):
+                raise module
+            return module
+
+        monkeypatch.setattr(extras.importlib.metadata, "version", {package.distribution: version}.__getitem__)
+        monkeypatch.setattr(extras.importlib, "import_module", import_module)
+
+    return install
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch):
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras.importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize("name", extras.OPTIONAL_PACKAGES)
+def test_absent_package_names_purpose_and_remedy(nothing_installed, name):
+    with pytest.raises(UserError) as caught:
+        extras.require(name, "the recipe")
+    message = str(caught.value)
+    assert message.startswith(f"the recipe needs {extras.OPTIONAL_PACKAGES[name].distribution}, which is not installed")
+    assert "pip install" in message and "\n" not in message
+
+
+def test_flash_attn_line_says_what_its_build_needs(nothing_installed):
+    with pytest.raises(UserError, match="--no-build-isolation .*flash-attn.*nvcc"):
+        extras.require("flash_attn", "the recipe")
+
+
+def test_installed_package_is_returned(installed):
+    module = types.ModuleType("xformers.ops")
+    installed("xformers", "0.0.35", module)
+    assert extras.require("xformers", "the recipe") is module
+
+
+def test_old_package_is_refused(installed):
+    installed("sageattention", "1.0.6", types.ModuleType("sageattention"))
+    with pytest.raises(UserError, match="2.1.1 or later, found 1.0.6"):
+        extras.require("sageattention", "the recipe")
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("undefined symbol: _ZN3c10\nmore"), OSError("libcudart.so.12"), RuntimeError("x")]
+)
+def test_package_built_for_another_torch_is_refused(installed, error):
+    installed("flash_attn", "2.8.3", error)
+    with pytest.raises(UserError, match="does not import with torch") as caught:
+        extras.require("flash_attn", "the recipe")
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is error
+
+
+def test_torch_alone_is_enough_for_the_default():
+    assert extras.check_attention_backend("native") == "native"
+
+
+def test_unknown_backend_lists_the_known():
+    with pytest.raises(UserError, match="'flash3' is unknown; choose one of native, .*flash_3"):
+        extras.check_attention_backend("flash3")
+
+
+@pytest.mark.parametrize("name", [n for n, b in extras.ATTENTION_BACKENDS.items() if b.package])
+def test_backend_without_its_package_is_refused(nothing_installed, name):
+    with pytest.raises(UserError, match=f"attention: {name} needs .*pip install"):
+        extras.check_attention_backend(name, training=False)
+
+
+@pytest.mark.parametrize("name", ["sage", "sage_hub", "flash_3"])
+def test_backend_without_a_derivative_cannot_train(name):
+    with pytest.raises(UserError, match="no backward"):
+        extras.check_attention_backend(name)
+
+
+def test_gpu_backend_needs_a_gpu(installed, monkeypatch):
+    installed("xformers", "0.0.35", types.ModuleType("xformers.ops"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="NVIDIA GPU alone"):
+        extras.check_attention_backend("xformers")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert extras.check_attention_backend("xformers") == "xformers"
+
+
+@pytest.mark.parametrize(("name", "backend"), extras.ATTENTION_BACKENDS.items())
+def test_dispatcher_knows_every_backend(name, backend):
+    assert backend.dispatcher.lstrip("_") == name
+    known = attention_dispatch.AttentionBackendName(backend.dispatcher)
+    if backend.package is None:
+        # diffusers' own check of what it needs, so that a kernel torch stops shipping shows here.
+        attention_dispatch._check_attention_backend_requirements(known)
+
+
+@pytest.mark.parametrize("name", [n for n, b in extras.ATTENTION_BACKENDS.items() if not b.needs_cuda])
+def test_cpu_backends_pass_gradients_through_the_wan_transformer(name):
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=8,
+        num_layers=1,
+    )
+    model = model.to(torch.bfloat16)
+    model.set_attention_backend(extras.check_attention_backend(name))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    latents = torch.randn(1, 4, 1, 4, 4, generator=generator, dtype=torch.bfloat16)
+    text = torch.randn(1, 3, 8, generator=generator, dtype=torch.bfloat16)
+    model(latents, torch.tensor([500]), text, return_dict=False)[0].float().square().sum().backward()
+    gradient = model.blocks[0].attn1.to_k.weight.grad
+    assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0

@@ -1,0 +1,166 @@
+"""The command line: ``vpae COMMAND`` or ``python -m vpae COMMAND``; argument parsing and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from vpae import __version__
+from vpae.errors import UserError
+
+
+def _override_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY.SUB=VALUE",
+        help="change single keys of the recipe (values are YAML)",
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
+    _override_option(parser)
+    parser.add_argument("--output", type=Path, help="run folder (default: outputs/NAME of the recipe)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vpae", description="One-step distillation of image-to-video diffusion.")
+    parser.add_argument("--version", action="version", version=f"vpae {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    finetune = commands.add_parser("finetune", help="train a VAE or a teacher (flow matching)")
+    _run_options(finetune)
+
+    cache = commands.add_parser("cache", help="encode a recipe's clips once")
+    cache.add_argument("recipe", type=Path)
+    _override_option(cache)
+
+    distill = commands.add_parser("distill", help="phase I, hand-over, phase II: teacher to one-step student")
+    _run_options(distill)
+
+    sample = commands.add_parser("sample", help="images + prompts to mp4 and a contact sheet")
+    sample.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
+    sample.add_argument("--role", help="of a run folder: student, ema or teacher (default: ema, the one that ships)")
+    sample.add_argument("--image", type=Path, action="append", default=[], help="first frame (repeatable)")
+    sample.add_argument("--prompt", action="append", default=[], help="caption of the image at the same place")
+    sample.add_argument("--bounce", type=int, metavar="N", help="take first frame and caption of N Bounce test clips")
+    sample.add_argument("--steps", type=int, default=1, help="denoising steps (1 and 4: the student's own rule)")
+    sample.add_argument("--sampler", choices=("renoise", "euler"), help="default: renoise up to 4 steps, else euler")
+    sample.add_argument("--guidance-scale", type=float, default=1.0)
+    sample.add_argument("--negative-prompt", default="")
+    sample.add_argument("--num-frames", type=int, default=17)
+    sample.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: the image's own")
+    sample.add_argument("--fps", type=float, default=8.0)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--output", type=Path, default=Path("outputs/samples"))
+
+    evaluate = commands.add_parser("evaluate", help="judge a model on Bounce test clips, from the pixels")
+    evaluate.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
+    evaluate.add_argument("--role", help="of a run folder: student, ema or teacher")
+    evaluate.add_argument("--split", default="test", choices=("validation", "test"))
+    evaluate.add_argument("--clips", type=int, default=64)
+    evaluate.add_argument("--batch", type=int, default=16)
+    evaluate.add_argument("--steps", type=int, default=1)
+    evaluate.add_argument("--sampler", choices=("renoise", "euler"))
+    evaluate.add_argument("--guidance-scale", type=float, default=1.0)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--output", type=Path, help="write scores.json and a contact sheet here")
+
+    export = commands.add_parser("export", help="a run's student as a proven diffusers folder")
+    export.add_argument("run", type=Path, help="run folder of vpae distill, finished or not")
+    export.add_argument("--role", default="ema", choices=("ema", "student"))
+    export.add_argument("--phase", choices=("priming", "equilibrium"), help="default: the last one with a checkpoint")
+    export.add_argument("--output", type=Path, help="default: RUN/student")
+
+    quickstart = commands.add_parser("quickstart", help="the main job: distil the embedded teacher, compare, report")
+    quickstart.add_argument("--recipe", type=Path, help="default: recipes/quickstart.yaml")
+    _override_option(quickstart)
+    quickstart.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    quickstart.add_argument("--fresh", action="store_true", help="start over instead of going on with an earlier run")
+    return parser
+
+
+def _dispatch(arguments: argparse.Namespace) -> bool:
+    """Run a command; imports are here so that --help and mistakes answer at once. False: interrupted by a signal."""
+    from vpae.engine.parallel import start
+
+    if arguments.command in ("finetune", "distill"):
+        from vpae import recipe as recipes
+
+        recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
+        folder = arguments.output or Path("outputs") / recipe.name
+        if arguments.command == "finetune":
+            from vpae.finetune import finetune
+
+            return finetune(recipe, folder, arguments.resume, start())
+        from vpae.distill import distill
+
+        return distill(recipe, folder, arguments.resume, start())
+    if arguments.command == "cache":
+        from vpae.commands import cache
+
+        return cache(arguments, start())
+    if arguments.command == "sample":
+        from vpae.commands import sample
+
+        return sample(arguments)
+    if arguments.command == "evaluate":
+        from vpae.commands import evaluate
+
+        return evaluate(arguments)
+    if arguments.command == "export":
+        from vpae.commands import export
+
+        return export(arguments)
+    from vpae.quickstart import quickstart
+
+    return quickstart(arguments.recipe, tuple(arguments.overrides), arguments.output, arguments.fresh, start())
+
+
+def _calm_libraries() -> None:
+    """Advice of libraries to their own developers has no place among our lines."""
+    for text in (
+        "Cannot dispatch to fused",
+        "torch.distributed is disabled",
+        ".*Attention backends are an experimental.*",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Exit status: 0 done or interrupted with everything saved, 2 a mistake of the user, 1 a fault of ours."""
+    arguments = build_parser().parse_args()
+    _calm_libraries()
+    from vpae.engine.parallel import leave
+
+    try:
+        finished = _dispatch(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(2)
+    except BrokenPipeError:
+        leave(1)
+    if not finished and int(os.environ.get("RANK", "0")) == 0:
+        line = " ".join(a for a in sys.argv[1:] if a not in ("--resume", "--fresh"))
+        more = "" if arguments.command == "quickstart" else " --resume"
+        print(f"interrupted, everything is saved; go on with: vpae {line}{more}", flush=True)
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What the commands sample, evaluate, export and cache do."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vpae import recipe as recipes
+from vpae.data.bounce import World
+from vpae.data.cache import prepare
+from vpae.data.encoders import Encoders
+from vpae.data.look import contact_sheet
+from vpae.data.videos import write_video
+from vpae.draws import Draws, seed_of
+from vpae.engine.parallel import Processes
+from vpae.errors import UserError
+from vpae.evaluation import clips_of, sample_clips
+from vpae.export.diffusers import export_student
+from vpae.finetune import assemble
+from vpae.loading import Model, load_model
+from vpae.models import find_model
+from vpae.recipe import Distill, FinetuneVae
+from vpae.runs import environment, write_json
+from vpae.sampling import sample_latents
+
+
+def world_of(model: Model) -> World:
+    """The Bounce world a model was trained on, its default for a plain pipeline folder."""
+    source = getattr(getattr(model.recipe, "data", None), "source", {})
+    return World.from_dict(source.get("world", {})) if source.get("kind") == "bounce" else World()
+
+
+def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
+    """Encode a recipe's clips."""
+    recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
+    if isinstance(recipe, FinetuneVae):
+        raise UserError(f"{arguments.recipe} trains a VAE on pixels: there is nothing to encode")
+    if isinstance(recipe, Distill):
+        pipeline = find_model(recipe.teacher.path)
+    else:
+        pipeline = assemble(recipe, Path("outputs") / recipe.name, processes)
+    made = prepare(recipe.data, Encoders(pipeline, processes.device), processes)
+    if processes.is_main:
+        print(f"cache {made.folder}: {len(made)} clips, latents {list(made.latent_shape)}, digest {made.fingerprint}")
+    return True
+
+
+def read_picture(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+    """A first frame uint8 ``[H, W, 3]``, scaled and centre-cropped to ``size`` (height, width) where given.
+
+    Raises:
+        UserError: no such file, not a picture, or (without a size) edges that are no multiples of 16.
+    """
+    try:
+        picture = Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"no picture at {path}") from None
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    if size is None:
+        size = (picture.height, picture.width)
+    height, width = size
+    if height % 16 or width % 16 or min(size) < 16:
+        raise UserError(
+            f"{path}: a first frame of {height}x{width} does not fit; edges must be multiples of 16 (--size)"
+        )
+    scale = max(height / picture.height, width / picture.width)
+    scaled = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    if scaled != picture.size:
+        picture = picture.resize(scaled, Image.Resampling.LANCZOS)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return np.asarray(picture.crop((left, top, left + width, top + height)))
+
+
+def sample(arguments: argparse.Namespace) -> bool:
+    """Images and prompts to mp4 and a contact sheet."""
+    model = load_model(arguments.model, arguments.role)
+    encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    if arguments.bounce:
+        clips = clips_of(world_of(model), "test", arguments.bounce)
+        pictures, prompts = [c.frames[0] for c in clips], [c.caption for c in clips]
+        names = [c.name for c in clips]
+    else:
+        if not arguments.image or len(arguments.image) != len(arguments.prompt):
+            raise UserError(
+                f"give one --prompt for each --image, in the same order (got {len(arguments.image)} images and "
+                f"{len(arguments.prompt)} prompts), or --bounce N"
+            )
+        size = None if arguments.size is None else (arguments.size[0], arguments.size[1])
+        pictures = [read_picture(p, size) for p in arguments.image]
+        prompts, names = arguments.prompt, [f"{i:03d}-{p.stem}" for i, p in enumerate(arguments.image)]
+    if arguments.num_frames % 4 != 1:
+        raise UserError(f"--num-frames must be 4k + 1 (17, 81, ...), not {arguments.num_frames}")
+    null_text, rows = encoders.texts([arguments.negative_prompt]), []
+    for i, (name, picture, prompt) in enumerate(zip(names, pictures, prompts, strict=True)):
+        condition = encoders.condition([picture], [prompt], arguments.num_frames)
+        latents = sample_latents(
+            model.role,
+            condition,
+            condition.null(null_text),
+            Draws(seed_of(arguments.seed, "sample"), [i], encoders.device),
+            steps=arguments.steps,
+            sampler=arguments.sampler,
+            guidance_scale=arguments.guidance_scale,
+            scheduler=encoders.pipeline.scheduler,
+        )
+        frames = encoders.decode(latents)[0]
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_video(arguments.output / f"{name}.mp4", frames, arguments.fps)
+        rows.append((prompt, frames))
+        print(f"{arguments.output / f'{name}.mp4'}: {prompt}")
+    contact_sheet(rows, arguments.output / "contact_sheet.png")
+    print(f"{arguments.output / 'contact_sheet.png'}: {len(rows)} clips from {model.source}")
+    return True
+
+
+def evaluate(arguments: argparse.Namespace) -> bool:
+    """Judge a model on Bounce clips."""
+    model = load_model(arguments.model, arguments.role)
+    encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    clips = clips_of(world_of(model), arguments.split, arguments.clips)
+    sampled = sample_clips(
+        model.role,
+        encoders,
+        clips,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        sampler=arguments.sampler,
+        guidance_scale=arguments.guidance_scale,
+    )
+    values, errors = sampled.scores.values, sampled.scores.errors
+    print(f"{model.source}: {sampled.nfe} NFE on {len(clips)} {arguments.split} clips")
+    units = {"frame0_psnr": " dB", "trajectory_error": " px"}
+    for name, value in values.items():
+        print(f"  {name:<18}{value:8.2f} ± {errors[name]:.2f}{units.get(name, '')}")
+    print(f"  {'frechet':<18}{sampled.scores.frechet:8.3f}")
+    print(f"  {'seconds per clip':<18}{sampled.seconds_per_clip:8.4f} (denoiser)")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        record = {
+            "model": model.source,
+            "split": arguments.split,
+            "steps": arguments.steps,
+            "guidance_scale": arguments.guidance_scale,
+            "seed": arguments.seed,
+            "batch": arguments.batch,
+            **sampled.plain(),
+            "environment": environment(),
+        }
+        write_json(arguments.output / "scores.json", record)
+        rows = [
+            (f"{kind} {i}", f)
+            for i in range(min(6, len(clips)))
+            for kind, f in (("real", clips[i].frames), ("model", sampled.frames[i]))
+        ]
+        contact_sheet(rows, arguments.output / "contact_sheet.png")
+        print(f"  written to {arguments.output}/scores.json and contact_sheet.png")
+    return True
+
+
+def export(arguments: argparse.Namespace) -> bool:
+    """A run's student as a proven diffusers folder."""
+    model = load_model(arguments.run, arguments.role, arguments.phase)
+    target = arguments.output or arguments.run / "student"
+    proof = export_student(model, target)
+    print(f"{target}: {model.source}")
+    print(f"  reloaded and compared: latents differ by at most {proof.max_error:.1e} (rms {proof.rms:.2f})")
+    return True

@@ -1,0 +1,325 @@
+"""Bounce: coloured balls in a box, the world whose physics is known exactly.
+
+A clip is a pure function of ``(World, split, index)``: nothing is stored and nothing depends on the
+order in which clips are asked for. Coordinates are pixels with y pointing down, time is counted in
+frames, so velocities are px/frame and accelerations px/frame^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+
+import numpy as np
+import pymunk
+
+SPLITS = ("train", "validation", "test")
+_WORLD_REVISION = 1  # part of every seed: a change of the drawing or sampling code must change the clips' names
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (232, 56, 56),
+    "green": (62, 204, 84),
+    "blue": (64, 112, 255),
+    "yellow": (250, 212, 54),
+    "purple": (206, 76, 224),
+    "cyan": (60, 214, 232),
+}
+BACKGROUND = (22, 24, 30)
+WALL = (112, 118, 130)
+
+_DIAGONAL = 2**-0.5
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "right": (1.0, 0.0),
+    "down-right": (_DIAGONAL, _DIAGONAL),
+    "down": (0.0, 1.0),
+    "down-left": (-_DIAGONAL, _DIAGONAL),
+    "left": (-1.0, 0.0),
+    "up-left": (-_DIAGONAL, -_DIAGONAL),
+    "up": (0.0, -1.0),
+    "up-right": (_DIAGONAL, -_DIAGONAL),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """The constants of the world; lengths are given for a 64-pixel box and scale with ``size``.
+
+    Attributes:
+        size: edge of the square picture in pixels.
+        num_frames: frames of a clip (4k + 1 for the Wan VAE).
+        ball_counts: probability of 1, 2, 3, ... balls in a clip.
+        radius: smallest and largest ball radius, px at size 64.
+        speeds: px/frame at size 64 of each speed word.
+        gravity: downward acceleration where the caption says so, px/frame^2 at size 64.
+        wall: thickness of the drawn wall, px at size 64.
+    """
+
+    size: int = 64
+    num_frames: int = 17
+    ball_counts: tuple[float, ...] = (0.45, 0.40, 0.15)
+    radius: tuple[float, float] = (5.0, 8.0)
+    speeds: dict[str, float] = field(default_factory=lambda: {"slowly": 1.0, "steadily": 2.0, "fast": 3.0})
+    gravity: float = 0.25
+    wall: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.size < 16 or self.num_frames < 2:
+            raise ValueError(
+                f"a Bounce world needs size >= 16 and num_frames >= 2, not {self.size} and {self.num_frames}"
+            )
+        if not 1 <= len(self.ball_counts) <= len(COLOURS) or abs(sum(self.ball_counts) - 1) > 1e-6:
+            raise ValueError(
+                f"ball_counts holds the probabilities of 1..{len(COLOURS)} balls and sums to 1, not {self.ball_counts}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Pixels of this world for one pixel at size 64."""
+        return self.size / 64
+
+    def fingerprint(self) -> dict:
+        """All that determines the clips of a split, in the plain values that survive JSON."""
+        constants = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"revision": _WORLD_REVISION, **constants}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> World:
+        """Build a world from plain YAML values.
+
+        Raises:
+            ValueError: a key is not a constant of the world.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown key {unknown[0]!r} of a Bounce world; known: {', '.join(sorted(known))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class Ball:
+    """One ball at frame 0: what the caption and the first frame say of it."""
+
+    colour: str
+    direction: str
+    speed: str
+    radius: float
+    position: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A simulated clip.
+
+    Attributes:
+        frames: uint8 ``[F, H, W, 3]``.
+        positions: float64 ``[F, N, 2]``, centres (x, y) in px.
+        velocities: float64 ``[F, N, 2]``, px/frame.
+        radii: float64 ``[F, N]``, px.
+        caption: the text that with frame 0 determines the rest.
+    """
+
+    world: World
+    split: str
+    index: int
+    balls: tuple[Ball, ...]
+    gravity: bool
+    positions: np.ndarray
+    velocities: np.ndarray
+    radii: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.index:06d}"
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        return tuple(ball.colour for ball in self.balls)
+
+    @cached_property
+    def caption(self) -> str:
+        return write_caption(self.balls, self.gravity)
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        return render(self.world, self.colours, self.positions, self.radii)
+
+
+def write_caption(balls: tuple[Ball, ...], gravity: bool) -> str:
+    """Say in words what frame 0 cannot show: each ball's direction and speed, and the law."""
+    moves = [f"A {ball.colour} ball moves {ball.direction} {ball.speed}." for ball in balls]
+    return " ".join([*moves, "Gravity pulls down." if gravity else "No gravity."])
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What a caption says of one ball."""
+
+    colour: str
+    direction: str
+    speed: str
+
+
+def read_caption(caption: str) -> tuple[tuple[Motion, ...], bool]:
+    """Invert :func:`write_caption`: the motions it names and whether there is gravity.
+
+    Raises:
+        ValueError: the text is not a Bounce caption.
+    """
+    sentences = [s.strip() for s in caption.strip().split(".") if s.strip()]
+    if not sentences or sentences[-1] not in ("Gravity pulls down", "No gravity"):
+        raise ValueError(f"not a Bounce caption (no sentence about gravity at its end): {caption!r}")
+    motions = []
+    for sentence in sentences[:-1]:
+        words = sentence.split()
+        if (
+            len(words) != 6
+            or (words[0], words[2], words[3]) != ("A", "ball", "moves")
+            or words[1] not in COLOURS
+            or words[4] not in DIRECTIONS
+        ):
+            raise ValueError(f"not a Bounce caption (sentence {sentence!r}): {caption!r}")
+        motions.append(Motion(words[1], words[4], words[5]))
+    return tuple(motions), sentences[-1] == "Gravity pulls down"
+
+
+def _generator(split: str, index: int) -> np.random.Generator:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; Bounce has {', '.join(SPLITS)}")
+    if index < 0:
+        raise ValueError(f"a clip's index starts at 0, got {index}")
+    return np.random.Generator(np.random.PCG64([_WORLD_REVISION, SPLITS.index(split), index]))
+
+
+def _place(world: World, rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
+    lo, hi = world.wall * world.scale, world.size - world.wall * world.scale
+    gap = 2.0 * world.scale
+    while True:
+        centres = np.stack([rng.uniform(lo + r + 1, hi - r - 1, size=2) for r in radii])
+        apart = np.linalg.norm(centres[:, None] - centres[None], axis=-1) - (radii[:, None] + radii[None])
+        if np.all(apart[np.triu_indices(len(radii), 1)] > gap):
+            return centres
+
+
+def make_clip(world: World, split: str, index: int) -> Clip:
+    """Simulate clip ``index`` of ``split``.
+
+    Raises:
+        ValueError: unknown split or negative index.
+    """
+    rng = _generator(split, index)
+    count = 1 + int(rng.choice(len(world.ball_counts), p=world.ball_counts))
+    colours = rng.permutation(list(COLOURS))[:count]
+    radii = rng.uniform(*world.radius, size=count) * world.scale
+    centres = _place(world, rng, radii)
+    directions = rng.choice(list(DIRECTIONS), size=count)
+    speeds = rng.choice(list(world.speeds), size=count)
+    gravity = bool(rng.random() < 0.5)
+    balls = tuple(
+        Ball(str(c), str(d), str(s), float(r), (float(p[0]), float(p[1])))
+        for c, d, s, r, p in zip(colours, directions, speeds, radii, centres, strict=True)
+    )
+    positions, velocities = simulate(world, balls, gravity)
+    shape = (world.num_frames, count)
+    return Clip(world, split, index, balls, gravity, positions, velocities, np.broadcast_to(radii, shape).copy())
+
+
+def initial_velocity(world: World, motion: Ball | Motion) -> np.ndarray:
+    """Velocity ``[2]`` in px/frame that the words of a caption stand for."""
+    return np.array(DIRECTIONS[motion.direction]) * world.speeds[motion.speed] * world.scale
+
+
+def simulate(
+    world: World,
+    balls: tuple[Ball, ...],
+    gravity: bool,
+    *,
+    velocities: np.ndarray | None = None,
+    num_frames: int | None = None,
+    substeps: int = 60,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run the laws of motion: elastic walls and balls, no friction, mass proportional to area.
+
+    Args:
+        velocities: px/frame ``[N, 2]`` to start with instead of the ones the words stand for.
+        num_frames: frames to simulate, the world's own number unless given.
+        substeps: solver steps a frame; contacts resolve to about 1/substeps of a frame's motion.
+
+    Returns:
+        positions and velocities, each float64 ``[F, N, 2]``.
+    """
+    space = pymunk.Space()
+    space.gravity = (0.0, world.gravity * world.scale if gravity else 0.0)
+    space.iterations = 20
+    space.collision_slop = 1e-3
+    lo, hi = world.wall * world.scale, world.size - world.wall * world.scale
+    thick = 4.0 * world.scale  # walls are thick outwards, so that a fast ball cannot tunnel
+    corners = [(lo - thick, lo - thick), (hi + thick, lo - thick), (hi + thick, hi + thick), (lo - thick, hi + thick)]
+    for a, b in zip(corners, corners[1:] + corners[:1], strict=True):
+        segment = pymunk.Segment(space.static_body, a, b, thick)
+        segment.elasticity, segment.friction = 1.0, 0.0
+        space.add(segment)
+    bodies = []
+    for i, ball in enumerate(balls):
+        body = pymunk.Body(mass=ball.radius**2, moment=float("inf"))
+        body.position = ball.position
+        body.velocity = tuple(initial_velocity(world, ball) if velocities is None else velocities[i])
+        shape = pymunk.Circle(body, ball.radius)
+        shape.elasticity, shape.friction = 1.0, 0.0
+        space.add(body, shape)
+        bodies.append(body)
+    total = num_frames or world.num_frames
+    positions, speeds = np.empty((total, len(balls), 2)), np.empty((total, len(balls), 2))
+    for frame in range(total):
+        if frame:
+            for _ in range(substeps):
+                space.step(1.0 / substeps)
+        positions[frame] = [tuple(b.position) for b in bodies]
+        speeds[frame] = [tuple(b.velocity) for b in bodies]
+    return positions, speeds
+
+
+def empty_frame(world: World) -> np.ndarray:
+    """The box without balls, float64 ``[H, W, 3]`` in [0, 255]."""
+    frame = np.empty((world.size, world.size, 3))
+    frame[:] = BACKGROUND
+    edge = round(world.wall * world.scale)
+    if edge:
+        for side in (np.s_[:edge], np.s_[-edge:], np.s_[:, :edge], np.s_[:, -edge:]):
+            frame[side] = WALL
+    return frame
+
+
+def render_frame(
+    world: World,
+    colours: tuple[str, ...],
+    positions: np.ndarray,
+    radii: np.ndarray,
+    *,
+    canvas: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw one frame with exact sub-pixel positions; returns float64 ``[H, W, 3]`` in [0, 255].
+
+    The edge of a ball is the linear ramp of one pixel about its radius, which equals the pixel's area
+    coverage up to the curvature of the edge. A radius of 0 draws nothing.
+    """
+    frame = (empty_frame(world) if canvas is None else canvas).copy()
+    grid = np.arange(world.size) + 0.5
+    for colour, (x, y), radius in zip(colours, positions, radii, strict=True):
+        if radius <= 0:
+            continue
+        distance = np.hypot(grid[None, :] - x, grid[:, None] - y)
+        cover = np.clip(radius - distance + 0.5, 0.0, 1.0)[..., None]
+        frame += cover * (np.array(COLOURS[colour], float) - frame)
+    return frame
+
+
+def render(world: World, colours: tuple[str, ...], positions: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Draw a clip: positions ``[F, N, 2]``, radii ``[F, N]`` to uint8 ``[F, H, W, 3]``."""
+    canvas = empty_frame(world)
+    frames = [render_frame(world, colours, p, r, canvas=canvas) for p, r in zip(positions, radii, strict=True)]
+    return np.stack(frames).round().astype(np.uint8)
+
+
+def rerun(clip: Clip, **changes) -> Clip:
+    """The same clip with some fields replaced (used by counterfactuals); frames are drawn anew."""
+    return replace(clip, **changes)

@@ -1,0 +1,235 @@
+"""Clips encoded once and whole: latents and conditions in safetensors shards, with a fingerprint.
+
+A cache folder holds ``shard-00000.safetensors`` ... and ``manifest.json``. A shard is written under another name and
+renamed when it is whole; the manifest is written last. Building again takes up the shards that are there already.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from vpae.conditioning import Condition, first_frame_mask
+from vpae.data.encoders import Encoders
+from vpae.data.sources import Source, open_source
+from vpae.draws import Draws
+from vpae.engine.parallel import Processes
+from vpae.errors import UserError
+from vpae.methods.base import Batch
+from vpae.recipe import Data
+from vpae.runs import sha256, write_json
+
+_REVISION, _SHARD, _ENCODE_BATCH = 1, 256, 8
+_FIELDS = ("x0", "latent", "text", "image")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An open cache; samples are read from disk when asked for.
+
+    Attributes:
+        folder: where it is.
+        manifest: counts, shards, fingerprint.
+        null_text: the encoded negative prompt ``[1, L, D]``.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    null_text: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_open", {})
+
+    def __len__(self) -> int:
+        return int(self.manifest["count"])
+
+    @property
+    def fingerprint(self) -> str:
+        """One word that stands for the whole content."""
+        return self.manifest["digest"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """``(C, T, h, w)`` of a sample."""
+        return tuple(self.manifest["latent_shape"])
+
+    def caption(self, index: int) -> str:
+        return self.manifest["captions"][index]
+
+    def _slice(self, index: int, name: str) -> Tensor:
+        shard, row = divmod(index, _SHARD)
+        handles = self._open
+        if shard not in handles:
+            handles[shard] = safe_open(self.folder / self.manifest["shards"][shard]["file"], framework="pt")
+        return handles[shard].get_slice(name)[row]
+
+    def fetch(self, indices: list[int], draws: Draws) -> Batch:
+        """The samples ``indices`` as a batch on the device of ``draws``."""
+        parts = {name: [self._slice(i, name) for i in indices] for name in _FIELDS}
+        rows = int(self.manifest["text_rows"])
+        text = torch.stack([F.pad(x, (0, 0, 0, rows - len(x))) for x in parts["text"]])
+        latent = torch.stack(parts["latent"])
+        mask = first_frame_mask(*latent.shape[2:], stride=self.manifest["temporal_stride"])
+        condition = Condition(text, torch.stack(parts["image"]), latent, mask.expand(len(indices), -1, -1, -1, -1))
+        condition = condition.to(draws.device)
+        return Batch(torch.stack(parts["x0"]).to(draws.device), condition, condition.null(self.null_text), draws)
+
+
+def expected(data: Data, source: Source, encoders: Encoders) -> dict[str, Any]:
+    """What decides a cache's content, field by field."""
+    return {
+        "revision": _REVISION,
+        "source": source.fingerprint(),
+        "encoders": encoders.fingerprint(),
+        "negative_prompt": data.negative_prompt,
+        "dtype": "float32",
+    }
+
+
+def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
+    """Open the recipe's cache; build it (all ranks together) where it is not there or not finished."""
+    folder, source = Path(data.cache), open_source(data.source)
+    wanted = expected(data, source, encoders)
+    if not (folder / "manifest.json").is_file():
+        _build(folder, source, encoders, data, wanted, processes)
+    return open_cache(folder, wanted)
+
+
+def _build(
+    folder: Path, source: Source, encoders: Encoders, data: Data, wanted: dict[str, Any], processes: Processes
+) -> None:
+    stamp = folder / "building.json"
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if stamp.is_file() and json.loads(stamp.read_text()) != wanted:
+            for stale in folder.glob("shard-*"):
+                stale.unlink()
+        write_json(stamp, wanted)
+    processes.barrier()
+    shards = -(-len(source) // _SHARD)
+    mine = range(processes.rank, shards, processes.size)
+    total = sum(min(_SHARD, len(source) - s * _SHARD) for s in mine)
+    with tqdm(total=total, desc="encoding clips", unit="clip", disable=not processes.is_main) as bar:
+        for shard in mine:
+            file = folder / f"shard-{shard:05d}.safetensors"
+            size = min(_SHARD, len(source) - shard * _SHARD)
+            if file.is_file():
+                bar.update(size)
+                continue
+            tensors, captions = _encode(source, range(shard * _SHARD, shard * _SHARD + size), encoders, bar)
+            partial = file.with_suffix(".partial")
+            try:
+                save_file(tensors, partial, metadata={"captions": json.dumps(captions)})
+                partial.replace(file)
+            except (OSError, SafetensorError) as error:
+                partial.unlink(missing_ok=True)
+                raise UserError(
+                    f"cannot write the cache shard {file}: {error}; free some space and start again"
+                ) from None
+    processes.barrier()
+    if processes.is_main:
+        _write_manifest(folder, shards, encoders, data, wanted)
+        stamp.unlink()
+    processes.barrier()
+
+
+def _encode(source: Source, indices: range, encoders: Encoders, bar: tqdm) -> tuple[dict[str, Tensor], list[str]]:
+    parts: dict[str, list[Tensor]] = {name: [] for name in _FIELDS}
+    captions, texts = [], []
+    for start in range(indices.start, indices.stop, _ENCODE_BATCH):
+        records = [source[i] for i in range(start, min(start + _ENCODE_BATCH, indices.stop))]
+        for record in records:
+            if not record.caption.strip():
+                raise UserError(f"clip {record.name} has an empty caption; give it one or leave the clip out")
+        frames, first = [r.frames for r in records], [r.frames[0] for r in records]
+        encoded = {
+            "x0": encoders.latents(frames),
+            "latent": encoders.first_frame(first, len(frames[0])),
+            "image": encoders.images(first),
+        }
+        texts.append(encoders.texts([r.caption for r in records]))
+        for name, tensor in encoded.items():
+            bad = (~tensor.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            if bad:
+                raise UserError(f"clip {records[bad[0]].name}: its {name} holds NaN or infinity; leave the clip out")
+            parts[name].append(tensor.float().cpu())
+        captions += [r.caption for r in records]
+        bar.update(len(records))
+    rows = max(t.shape[1] for t in texts)
+    parts["text"] = [F.pad(t.float().cpu(), (0, 0, 0, rows - t.shape[1])) for t in texts]
+    return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}, captions
+
+
+def _write_manifest(folder: Path, shards: int, encoders: Encoders, data: Data, wanted: dict[str, Any]) -> None:
+    entries, captions, rows, shape = [], [], 1, None
+    for shard in range(shards):
+        file = folder / f"shard-{shard:05d}.safetensors"
+        with safe_open(file, framework="pt") as handle:
+            captions += json.loads(handle.metadata()["captions"])
+            rows = max(rows, handle.get_slice("text").get_shape()[1])
+            shape = handle.get_slice("x0").get_shape()[1:]
+        entries.append({"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)})
+    null = encoders.texts([data.negative_prompt])
+    save_file({"null_text": null.cpu().contiguous()}, folder / "null_text.safetensors")
+    manifest = {
+        "fingerprint": wanted,
+        "digest": sha256_of([wanted, [e["sha256"] for e in entries]]),
+        "count": len(captions),
+        "latent_shape": shape,
+        "text_rows": max(rows, null.shape[1]),
+        "temporal_stride": encoders.vae.config.scale_factor_temporal,
+        "shards": entries,
+        "captions": captions,
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+def sha256_of(value: Any) -> str:
+    """Short content hash of a JSON value."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
+    """Open a finished cache and check that it is the one wanted, unharmed.
+
+    Raises:
+        UserError: it is damaged, or made from other data or encoders (the field is named).
+    """
+    mend = f"remove {folder} to build it anew, or name another data.cache"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        have = manifest["fingerprint"]
+        shards = manifest["shards"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / 'manifest.json'} is damaged; {mend}") from None
+    for field, value in wanted.items():
+        if have.get(field) != value:
+            raise UserError(
+                f"cache {folder} does not fit this recipe: {_first_difference(field, have.get(field), value)}; {mend}"
+            )
+    for shard in shards:
+        file = folder / shard["file"]
+        if not file.is_file() or file.stat().st_size != shard["bytes"] or sha256(file) != shard["sha256"]:
+            raise UserError(f"cache shard {file} is missing or damaged; {mend}")
+    with safe_open(folder / "null_text.safetensors", framework="pt") as handle:
+        null_text = handle.get_tensor("null_text")
+    return Cache(folder, manifest, null_text)
+
+
+def _first_difference(field: str, have: Any, wanted: Any) -> str:
+    if isinstance(have, dict) and isinstance(wanted, dict):
+        for key in {**wanted, **have}:
+            if have.get(key) != wanted.get(key):
+                return _first_difference(f"{field}.{key}", have.get(key), wanted.get(key))
+    return f"{field} is {have!r} in the cache and {wanted!r} in the recipe"

@@ -1,0 +1,177 @@
+"""Pixels and prompts to latents and tokens, and back: the frozen parts of a Wan image-to-video pipeline.
+
+Everything goes through diffusers' own pipeline object, so that what is cached for training is what the pipeline
+computes at inference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor
+
+from vpae.conditioning import Condition, first_frame_mask, pad_text
+from vpae.errors import UserError
+
+PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
+
+
+@contextlib.contextmanager
+def quiet():
+    """Silence the libraries' progress bars and advice while they load; errors still raise."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        yield
+
+
+def load_pipeline(folder: str | Path, *, transformer: bool) -> WanImageToVideoPipeline:
+    """Load a diffusers folder, from safetensors only and without the network.
+
+    Raises:
+        UserError: no such folder, or a part is missing, damaged or of another class.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is not a diffusers pipeline folder (no model_index.json in it)")
+    for part in PARTS + (("transformer",) if transformer else ()):
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder} is not a whole Wan image-to-video pipeline: its folder {part}/ is missing")
+    options = {} if transformer else {"transformer": None}
+    try:
+        with quiet():
+            pipeline = WanImageToVideoPipeline.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **options
+            )
+    except Exception as error:  # diffusers raises many kinds; all mean that the folder cannot be used
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"cannot load the pipeline in {folder}: {reason[0] if reason else type(error).__name__}"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_transformer(folder: str | Path) -> WanTransformer3DModel:
+    """The transformer of a pipeline folder, fp32, from safetensors.
+
+    Raises:
+        UserError: it is missing, damaged, or no Wan transformer.
+    """
+    folder = Path(folder)
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UserError(f"{folder} holds no transformer/ (with a config.json)")
+    try:
+        with quiet():
+            return WanTransformer3DModel.from_pretrained(
+                folder, subfolder="transformer", use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"cannot load the transformer in {folder}: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+class Encoders:
+    """VAE, umT5 and CLIP of a pipeline folder, frozen, in fp32.
+
+    Args:
+        folder: a diffusers pipeline folder.
+        device: where they run.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        self.folder = Path(folder)
+        self.pipeline = load_pipeline(folder, transformer=False).to(device)
+        self.device = torch.device(device)
+        for part in (self.vae, self.pipeline.text_encoder, self.pipeline.image_encoder):
+            part.requires_grad_(False)
+
+    @property
+    def vae(self):
+        return self.pipeline.vae
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        shape = (1, config.z_dim, 1, 1, 1)
+        mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
+        return mean, torch.tensor(config.latents_std, device=self.device).view(shape)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        mean, std = self._moments()
+        return (self.vae.encode(pixels).latent_dist.mode() - mean) / std
+
+    def pixels(self, clips: Sequence[np.ndarray]) -> Tensor:
+        """Frames uint8 ``[F, H, W, 3]`` each to ``[B, 3, F, H, W]`` on [-1, 1]."""
+        stacked = torch.from_numpy(np.stack(clips)).to(self.device)
+        return stacked.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def latents(self, clips: Sequence[np.ndarray]) -> Tensor:
+        """Normalised latents ``[B, 16, T, h, w]`` (posterior mode) of whole clips."""
+        return self._encode(self.pixels(clips))
+
+    @torch.no_grad()
+    def first_frame(self, pictures: Sequence[np.ndarray], num_frames: int) -> Tensor:
+        """The condition's latent ``[B, 16, T, h, w]``: the picture, then grey frames, through the VAE."""
+        first = self.pixels([p[None] for p in pictures])
+        grey = first.new_zeros(*first.shape[:2], num_frames - 1, *first.shape[3:])
+        return self._encode(torch.cat([first, grey], dim=2))
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """CLIP tokens ``[B, N, D]`` (the layer before the last, as Wan uses)."""
+        return self.pipeline.encode_image([Image.fromarray(p) for p in pictures], self.device)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
+        """umT5 tokens ``[B, L, D]``, zero after each prompt's end; L is the longest prompt unless given."""
+        parts = []
+        for start in range(0, len(prompts), 16):
+            encoded, _ = self.pipeline.encode_prompt(
+                list(prompts[start : start + 16]), do_classifier_free_guidance=False, max_sequence_length=512
+            )
+            parts.append(encoded)
+        text = torch.cat(parts)
+        used = (text.abs().sum(-1) > 0).any(0).nonzero()
+        longest = int(used.max()) + 1 if len(used) else 1
+        return pad_text(text[:, :longest], length or longest)
+
+    def condition(self, pictures: Sequence[np.ndarray], prompts: Sequence[str], num_frames: int) -> Condition:
+        """The whole condition of a batch of first frames uint8 ``[H, W, 3]`` and prompts."""
+        latent = self.first_frame(pictures, num_frames)
+        stride = self.vae.config.scale_factor_temporal
+        mask = first_frame_mask(*latent.shape[2:], stride=stride).to(self.device).expand(len(pictures), -1, -1, -1, -1)
+        return Condition(self.texts(prompts), self.images(pictures), latent, mask)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[np.ndarray]:
+        """Normalised latents ``[B, 16, T, h, w]`` to frames uint8 ``[F, H, W, 3]`` each."""
+        mean, std = self._moments()
+        pixels = self.vae.decode(latents.float() * std + mean).sample
+        frames = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return list(frames.permute(0, 2, 3, 4, 1).cpu().numpy())
+
+    def fingerprint(self) -> str:
+        """Hash over the weights and configs that decide what the encoders say."""
+        digest = hashlib.sha256()
+        for part in PARTS:
+            if part == "scheduler":
+                continue
+            for file in sorted((self.folder / part).rglob("*")):
+                if file.suffix in (".json", ".safetensors", ".model"):
+                    digest.update(str(file.relative_to(self.folder)).encode())
+                    digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]

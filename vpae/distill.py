@@ -1,0 +1,162 @@
+"""``vpae distill``: phase I, hand-over, phase II, either alone or both; one process or many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpae import recipe as recipes
+from vpae.backbone import default_taps
+from vpae.data.cache import Cache, prepare
+from vpae.data.encoders import Encoders
+from vpae.draws import generator_of, seed_of
+from vpae.engine import checkpoint as checkpoints
+from vpae.engine.parallel import Processes, shard_module
+from vpae.engine.trainer import Run, Trainer, identity_of
+from vpae.engine.watch import Watch
+from vpae.errors import UserError
+from vpae.gallery import Gallery
+from vpae.heads import build_head
+from vpae.methods.base import Method
+from vpae.methods.equilibrium import Equilibrium
+from vpae.methods.priming import Priming
+from vpae.models import Cast, check_fit, compile_blocks, distillation_cast, fake_score, find_model, shard
+from vpae.recipe import Distill
+from vpae.roles import Role, add_lora, copy_weights, full_copy
+from vpae.runs import open_folder
+
+PHASES = ("priming", "equilibrium")
+
+
+def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Processes) -> bool:
+    """Run the phases the recipe holds, in order; False when a signal interrupted one (everything is saved).
+
+    Raises:
+        UserError: the recipe is of another kind, or anything a phase finds wrong.
+    """
+    if not isinstance(recipe, Distill):
+        raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae finetune")
+    open_folder(folder, recipe, resume, processes)
+    encoders = Encoders(find_model(recipe.teacher.path), processes.device)
+    cache = prepare(recipe.data, encoders, processes)
+    for phase in PHASES:
+        if getattr(recipe, phase) is None:
+            continue
+        trainer = build_phase(recipe, phase, folder, cache, encoders, processes)
+        resumed = resume and trainer.resume()
+        if phase == "equilibrium" and recipe.priming is not None and not resumed:
+            hand_over(recipe, folder / "priming", trainer, cache, processes)
+        if trainer.turn < trainer.method.turns and not trainer.train():
+            return False
+    return True
+
+
+def build_phase(
+    recipe: Distill, phase: str, folder: Path, cache: Cache, encoders: Encoders, processes: Processes
+) -> Trainer:
+    """The networks, method and trainer of one phase, at its first turn."""
+    cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, processes)
+    check_fit(cast.teacher.backbone.transformer, cache, recipe.teacher.path)
+    method, heads = (_priming if phase == "priming" else _equilibrium)(recipe, cast, processes)
+    if recipe.engine.compile:
+        compile_blocks(cast.backbones)
+    gallery = Gallery(
+        folder / phase,
+        cache,
+        encoders,
+        recipe.evaluate,
+        recipe.engine.samples,
+        processes,
+        student=cast.ema,
+        teacher=cast.teacher,
+    )
+    run = Run(
+        folder=folder / phase,
+        settings=recipe.engine,
+        seed=seed_of(recipe.seed, phase),
+        identity=identity_of(recipe, cache.fingerprint, phase),
+        recipe_text=recipes.dump(recipe),
+        fetch=cache.fetch,
+        samples=len(cache),
+        modules=[b.transformer for b in cast.backbones] + heads,
+        watch=Watch(recipe.watch),
+        gallery=gallery,
+    )
+    return Trainer(method, run, processes)
+
+
+def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
+    fake = fake_score(cast, recipe.priming.fake_lora, recipe.seed)
+    shard(cast.backbones, processes, recipe.engine.precision)
+    method = Priming(recipe.priming, teacher=cast.teacher, student=cast.student, fake_score=fake, ema=cast.ema)
+    return method, []
+
+
+def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
+    settings = recipe.equilibrium
+    judge = _judge(recipe, cast)
+    config = cast.teacher.backbone.transformer.config
+    taps = settings.taps or default_taps(config.num_layers)
+    if max(taps) >= config.num_layers or min(taps) < 0:
+        raise UserError(f"equilibrium.taps {list(taps)} do not fit a transformer of {config.num_layers} blocks")
+    head = build_head(
+        settings.head.kind,
+        feature_dim=cast.teacher.backbone.feature_dim,
+        num_taps=len(taps),
+        image_dim=config.image_dim,
+        text_dim=config.text_dim,
+        width=settings.head.width,
+        num_heads=settings.head.num_heads,
+        queries=settings.head.queries,
+        generator=generator_of(recipe.seed, "head"),
+    ).to(processes.device)
+    shard(cast.backbones, processes, recipe.engine.precision)
+    shard_module(head, processes)
+    method = Equilibrium(
+        settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=tuple(taps)
+    )
+    return method, [head]
+
+
+def _judge(recipe: Distill, cast: Cast) -> Role:
+    """Whose blocks feed the head: the student's EMA, the frozen teacher, or a network that trains with the head."""
+    kind = recipe.equilibrium.judge
+    if kind == "unified":
+        return cast.ema
+    if kind == "frozen":
+        return Role("judge", cast.teacher.backbone, None)
+    if recipe.student.kind == "lora":
+        return add_lora(cast.teacher.backbone, "judge", recipe.student.lora, recipe.seed)
+    judge = full_copy(cast.teacher, "judge")
+    cast.backbones.append(judge.backbone)
+    return judge
+
+
+def hand_over(recipe: Distill, priming: Path, trainer: Trainer, cache: Cache, processes: Processes) -> None:
+    """Start phase II from the EMA of phase I: student and EMA (and so the unified judge) get its weights.
+
+    Raises:
+        UserError: phase I is not there or not finished, or was run with another recipe or cache.
+    """
+    found = checkpoints.find(priming / "checkpoints")
+    if found is None:
+        raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
+    wanted = identity_of(recipe, cache.fingerprint, "priming")
+    for key, value in wanted.items():
+        if found.state["identity"].get(key) != value:
+            raise UserError(f"phase I in {priming} was run with another {key}; phase II cannot go on from it")
+    turns = recipe.priming.student_steps * (recipe.priming.fake_per_student + 1)
+    if found.turn < turns:
+        raise UserError(f"phase I in {priming} stopped at turn {found.turn} of {turns}; finish it with --resume")
+    player = trainer.method.players["student"]
+    targets = {f"ema.{name}": p.detach() for name, p in player.ema.parameters.items()}
+    checkpoints.load(found, targets, processes)
+    with torch.no_grad():
+        for name, parameter in player.parameters.items():
+            parameter.copy_(player.ema.parameters[name])
+    method: Any = trainer.method
+    if recipe.equilibrium.judge == "trainable":
+        copy_weights(method.sampler, method.judge)

@@ -1,0 +1,154 @@
+"""Checkpoints: torch.distributed.checkpoint into safetensors, whole or not at all.
+
+A checkpoint is a folder ``step-00000120`` that holds one safetensors file a rank (each rank writes its own shards; any
+number of ranks reads them back) and ``state.json``: turn, players' steps, recipe, fingerprints, files and sizes. It is
+written under another name and renamed when all of it is on disk, so a folder of that name is complete. No pickle is
+written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from vpae.engine.parallel import Processes
+from vpae.errors import UserError
+
+_PREFIX, _PARTIAL, _STATE = "step-", ".partial", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def turn(self) -> int:
+        return int(self.state["turn"])
+
+
+def save(
+    root: Path, turn: int, tensors: dict[str, Tensor], state: dict[str, Any], processes: Processes, keep: int
+) -> Path:
+    """Write checkpoint ``turn`` atomically, then drop all but the last ``keep``.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = root / f"{_PREFIX}{turn:08d}"
+    partial = final.with_name(final.name + _PARTIAL)
+    failure = ""
+    try:
+        if processes.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        processes.barrier()
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.size == 1)
+        processes.barrier()
+        if processes.is_main:
+            files = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
+            _write(
+                partial / _STATE, json.dumps(state | {"turn": turn, "files": files, "tensors": len(tensors)}, indent=1)
+            )
+            for file in partial.iterdir():
+                _sync(file)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _sync(root)
+    except (OSError, dcp.CheckpointException) as error:
+        failure = _reason(error)
+    if processes.agree([bool(failure)])[0]:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final} could not be written ({failure or 'another rank failed'}); earlier checkpoints are "
+            "untouched: free some space and go on with --resume"
+        )
+    if processes.is_main:
+        _prune(root, keep)
+    return final
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, dcp.CheckpointException):
+        return "; ".join(sorted({str(wrapped[0]).strip() for wrapped in error.failures.values()}))
+    return str(error)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _prune(root: Path, keep: int) -> None:
+    for old in sorted(p for p in root.glob(f"{_PREFIX}*") if not p.name.endswith(_PARTIAL))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    for stale in root.glob(f"{_PREFIX}*{_PARTIAL}"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def find(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint under ``root``, None if there is none.
+
+    Raises:
+        UserError: the newest one was damaged after it was written.
+    """
+    folders = sorted(p for p in Path(root).glob(f"{_PREFIX}*") if not p.name.endswith(_PARTIAL))
+    return read(folders[-1]) if folders else None
+
+
+def read(folder: Path) -> Checkpoint:
+    """Open a checkpoint and check that its files are the ones that were written.
+
+    Raises:
+        UserError: a file is missing, cut or unreadable.
+    """
+    mend = f"remove {folder} to go on from the one before it"
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        files = dict(state["files"])
+        int(state["turn"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"checkpoint {folder} is damaged ({_STATE} is missing or unreadable); {mend}") from None
+    for name, size in files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise UserError(f"checkpoint {folder} is damaged ({name} is missing or cut); {mend}")
+    return Checkpoint(Path(folder), state)
+
+
+def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processes) -> None:
+    """Read the checkpoint into ``tensors`` in place; every name must be there with its shape.
+
+    Raises:
+        UserError: a tensor is missing or of another shape.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint.folder))
+    stored = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise UserError(f"checkpoint {checkpoint.folder} has no tensor {name!r}: it belongs to another recipe")
+        if tuple(stored[name].size) != tuple(tensor.shape):
+            raise UserError(
+                f"checkpoint {checkpoint.folder}: tensor {name!r} is {tuple(stored[name].size)}, this run needs "
+                f"{tuple(tensor.shape)}: it belongs to another architecture"
+            )
+    reader = HuggingFaceStorageReader(str(checkpoint.folder))
+    dcp.load(dict(tensors), storage_reader=reader, no_dist=processes.size == 1)

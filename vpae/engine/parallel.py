@@ -1,0 +1,150 @@
+"""Processes, devices and sharding. Models know nothing of this file.
+
+torch's ``fully_shard`` is used directly: accelerate's FSDP2 path takes one model and cannot run without GPUs, and a
+distillation needs several models under one mesh. ``torchrun`` and ``accelerate launch`` both start us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from vpae.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers.
+
+    Attributes:
+        rank: 0 .. size - 1.
+        size: number of processes.
+        device: where this rank computes.
+        mesh: the data-parallel mesh, None for a single process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, flags: Iterable[bool]) -> list[bool]:
+        """Logical OR of each flag over all ranks."""
+        mine = torch.tensor([float(f) for f in flags], device=self.device)
+        if self.size > 1:
+            dist.all_reduce(mine, dist.ReduceOp.MAX)
+        return [bool(f) for f in mine.tolist()]
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Mean of each value over ranks; all ranks pass the same keys."""
+        if self.size == 1 or not values:
+            return values
+        keys = sorted(values)
+        mine = torch.tensor([values[k] for k in keys], dtype=torch.float64, device=self.device)
+        dist.all_reduce(mine)
+        return dict(zip(keys, (mine / self.size).tolist(), strict=True))
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Run the block on rank 0, then on the others."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+
+def start() -> Processes:
+    """Join the process group that the launcher describes (gloo on CPU, NCCL on GPU), or be the only process."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size == 1:
+        return Processes(0, 1, device, None)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return Processes(rank, size, device, mesh)
+
+
+def leave(status: int) -> None:
+    """End this process. With several ranks, leave without interpreter shutdown.
+
+    gloo's worker threads abort the interpreter's finalisation now and then (about 1 run in 10 on CPU), after all work
+    is done; a barrier and an immediate exit avoid it.
+    """
+    if dist.is_initialized():
+        if status == 0:
+            dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def shard_backbone(backbone: Backbone, processes: Processes, precision: str) -> None:
+    """Shard a backbone in place, one unit a block; does nothing for a single process or when it is sharded already."""
+    if processes.mesh is None or isinstance(backbone.transformer, FSDPModule):
+        return
+    options = {"mesh": processes.mesh, "mp_policy": _policy(precision)}
+    for block in backbone.transformer.blocks:
+        fully_shard(block, **options)
+    # the root keeps its default (no reshard after forward): a backward that starts at a tapped feature needs it
+    fully_shard(backbone.transformer, **options)
+
+
+def shard_module(module: nn.Module, processes: Processes) -> None:
+    """Shard a small module (a head) as one fp32 unit."""
+    if processes.mesh is not None and not isinstance(module, FSDPModule):
+        fully_shard(module, mesh=processes.mesh)
+
+
+def _policy(precision: str) -> MixedPrecisionPolicy:
+    if precision == "bf16":
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    return MixedPrecisionPolicy()
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free the roots that a forward left unsharded, so that in-place changes of the shards are seen by the next one."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def autocast(device: torch.device, precision: str):
+    """The compute precision of a run: bf16 matrix products over fp32 weights, or plain fp32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()

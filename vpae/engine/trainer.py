@@ -1,0 +1,279 @@
+"""The loop: one turn of one player at a time, the same for every method and any number of ranks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpae import recipe as recipes
+from vpae.draws import Draws
+from vpae.engine import checkpoint as checkpoints
+from vpae.engine import optim
+from vpae.engine.parallel import Processes, autocast, reshard
+from vpae.engine.stream import Stream
+from vpae.engine.tracking import Tracker
+from vpae.engine.watch import Watch, vital_signs
+from vpae.errors import UserError
+from vpae.methods.base import Batch, Method, Player
+from vpae.recipe import Engine
+
+
+@dataclass
+class Run:
+    """Everything around a method that the loop needs.
+
+    Attributes:
+        folder: of this phase: checkpoints, log, TensorBoard.
+        settings: the recipe's engine section.
+        seed: of this phase.
+        identity: what a checkpoint must agree on to be resumed (recipe and data fingerprints).
+        recipe_text: the resolved recipe.
+        fetch: ``(sample indices, Draws) -> Batch`` on the right device.
+        samples: length of the data.
+        modules: sharded modules, to be resharded after each turn.
+        portion: turn -> (first stream position, samples of all ranks, samples of a micro-batch); None: the settings'.
+        watch: the collapse alarm, None for methods without a student sample.
+        gallery: called every ``sample_every`` steps of the player ``student`` as ``gallery(turn, tracker)``.
+    """
+
+    folder: Path
+    settings: Engine
+    seed: int
+    identity: dict[str, Any]
+    recipe_text: str
+    fetch: Callable[[list[int], Draws], Any]
+    samples: int
+    modules: list[nn.Module]
+    portion: Callable[[int], tuple[int, int, int]] | None = None
+    watch: Watch | None = None
+    gallery: Callable[[int, Tracker], None] | None = None
+
+
+@dataclass
+class _Gathered:
+    """Scalars of a player since the last log line, as device tensors: reading them would stall the device."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            self.sums[key] = self.sums[key] + value.double() if key in self.sums else value.double()
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        return {k: float(v) / self.counts[k] for k, v in self.sums.items()}
+
+
+class Trainer:
+    """Trains a method to its last turn, or until a signal.
+
+    A turn is one optimiser step of one player: it sees ``global_batch`` samples, in micro-batches on each rank.
+    """
+
+    def __init__(self, method: Method, run: Run, processes: Processes) -> None:
+        self.method, self.run, self.processes = method, run, processes
+        share = processes.size * run.settings.micro_batch
+        if run.settings.global_batch % share:
+            raise UserError(
+                f"engine.global_batch {run.settings.global_batch} cannot be split over {processes.size} ranks in "
+                f"micro-batches of {run.settings.micro_batch}: make it a multiple of {share}"
+            )
+        self.optimisers = {name: optim.build_optimiser(player) for name, player in method.players.items()}
+        self.steps = dict.fromkeys(method.players, 0)
+        self.turn = 0
+        self.stream = Stream(run.samples, run.seed)
+        self.stop_signal: str | None = None
+        self.gathered: dict[str, _Gathered] = {}
+        self.alarms: list[str] = []
+
+    @property
+    def checkpoint_root(self) -> Path:
+        return self.run.folder / "checkpoints"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor a checkpoint holds, by name (parameters themselves, not copies)."""
+        found: dict[str, Tensor] = {}
+        for name, player in self.method.players.items():
+            state = self.optimisers[name].state
+            for key, parameter in player.parameters.items():
+                found[f"{name}.{key}"] = parameter.detach()
+                found[f"optimiser.{name}.{key}.exp_avg"] = state[parameter]["exp_avg"]
+                found[f"optimiser.{name}.{key}.exp_avg_sq"] = state[parameter]["exp_avg_sq"]
+            if player.ema is not None:
+                for key, parameter in player.ema.parameters.items():
+                    found[f"{player.ema.name}.{key}"] = parameter.detach()
+        return found
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint; False if there is none.
+
+        Raises:
+            UserError: the checkpoint is damaged, or is of another recipe, teacher or cache.
+        """
+        found = checkpoints.find(self.checkpoint_root)
+        if found is None:
+            return False
+        for key, mine in self.run.identity.items():
+            theirs = found.state["identity"].get(key)
+            if theirs != mine:
+                raise UserError(
+                    f"checkpoint {found.folder} was made with another {key} ({theirs}, this run has {mine}); "
+                    "use the recipe it was made with, or another output folder"
+                )
+        reshard(self.run.modules)
+        checkpoints.load(found, self.tensors(), self.processes)
+        self.turn, self.steps = found.turn, dict(found.state["steps"])
+        for name, optimiser in self.optimisers.items():
+            for state in optimiser.state.values():
+                state["step"].fill_(self.steps[name])
+        if self.run.watch is not None:
+            self.run.watch.broken = dict(found.state["watch"])
+        return True
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        reshard(self.run.modules)
+        state = {
+            "steps": self.steps,
+            "identity": self.run.identity,
+            "seed": self.run.seed,
+            "position": self.turn * self.run.settings.global_batch,
+            "world_size": self.processes.size,
+            "watch": {} if self.run.watch is None else self.run.watch.state(),
+            "recipe": self.run.recipe_text,
+        }
+        keep = self.run.settings.keep_checkpoints
+        return checkpoints.save(self.checkpoint_root, self.turn, self.tensors(), state, self.processes, keep)
+
+    def train(self, until: int | None = None) -> bool:
+        """Take turns to the end (or to turn ``until``); True if the end was reached.
+
+        The last state is always checkpointed. SIGTERM and SIGINT finish the turn at hand, save and return False.
+
+        Raises:
+            UserError: a loss or gradient is not finite, the watch stops the run, or the disk is full.
+        """
+        end = self.method.turns if until is None else min(until, self.method.turns)
+        tracker = Tracker(self.run.folder, self.method.turns, self.turn, self.method.name, self.processes.is_main)
+        saved = self.turn if self.turn else -1
+        previous = self._listen()
+        try:
+            if self.turn == 0 and self.run.gallery is not None:
+                self.run.gallery(0, tracker)
+            while self.turn < end:
+                self._take_turn(tracker)
+                due = self.turn % self.run.settings.checkpoint_every == 0
+                if self.processes.agree([self.stop_signal is not None])[0]:
+                    break
+                if due and self.turn < end:
+                    self.save()
+                    saved = self.turn
+            if saved != self.turn:
+                self.save()
+        finally:
+            tracker.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.turn >= self.method.turns
+
+    def _listen(self) -> dict[int, Any]:
+        def note(number: int, frame: Any) -> None:
+            self.stop_signal = signal.Signals(number).name
+
+        try:
+            return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: the caller owns the signals
+            return {}
+
+    def _micro_batches(self) -> list[list[int]]:
+        """Stream positions of this rank's micro-batches in this turn."""
+        settings = self.run.settings
+        first, batch, micro = self.turn * settings.global_batch, settings.global_batch, settings.micro_batch
+        if self.run.portion is not None:
+            first, batch, micro = self.run.portion(self.turn)
+        mine = batch // self.processes.size
+        start = first + self.processes.rank * mine
+        return [list(range(p, min(p + micro, start + mine))) for p in range(start, start + mine, micro)]
+
+    def _take_turn(self, tracker: Tracker) -> None:
+        name = self.method.player_of(self.turn)
+        player = self.method.players[name]
+        for other in self.method.players.values():
+            for parameter in other.parameters.values():
+                parameter.requires_grad_(other is player)
+        started = time.perf_counter()
+        gathered = self.gathered.setdefault(name, _Gathered())
+        micro = self._micro_batches()
+        finite = torch.ones((), dtype=torch.bool, device=self.processes.device)
+        for positions in micro:
+            draws = Draws(self.run.seed, positions, self.processes.device)
+            batch = self.run.fetch([self.stream.index(p) for p in positions], draws)
+            with autocast(self.processes.device, self.run.settings.precision):
+                outcome = self.method.loss(name, batch)
+            finite &= outcome.loss.isfinite()
+            (outcome.loss * (len(positions) / sum(map(len, micro)))).backward()
+            gathered.add(outcome.scalars)
+            if outcome.student_x0 is not None and isinstance(batch, Batch):
+                gathered.add({f"watch/{k}": v for k, v in vital_signs(outcome.student_x0, batch.x0).items()})
+        norm = self._step(player, finite)
+        gathered.add({"gradient_norm": norm})
+        gathered.add({"seconds": torch.tensor(time.perf_counter() - started)})
+        self.steps[name] += 1
+        self.turn += 1
+        tracker.advance()
+        self._report(name, tracker)
+
+    def _step(self, player: Player, finite: Tensor) -> Tensor:
+        parameters = list(player.parameters.values())
+        norm = optim.gradient_norm(parameters)
+        if self.processes.agree([not bool(finite & norm.isfinite())])[0]:
+            for parameter in parameters:
+                parameter.grad = None
+            raise UserError(
+                f"turn {self.turn} ({player.name}): loss or gradient is not finite on at least one rank; nothing was "
+                f"updated, the last checkpoint is whole: check the data, then --resume (a lower learning rate may help)"
+            )
+        optim.clip_(parameters, norm, player.optimiser.clip_norm)
+        optimiser = self.optimisers[player.name]
+        rate = optim.learning_rate(player.optimiser, self.steps[player.name], player.steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        reshard(self.run.modules)
+        if player.ema is not None:
+            optim.follow(player.ema, player)
+        return norm
+
+    def _report(self, name: str, tracker: Tracker) -> None:
+        step, settings = self.steps[name], self.run.settings
+        if step % settings.log_every == 0 or self.turn == self.method.turns:
+            means = self.processes.mean(self.gathered[name].means())
+            self.gathered[name] = _Gathered()
+            rate = self.optimisers[name].param_groups[0]["lr"]
+            values = {key if "/" in key else f"{name}/{key}": value for key, value in means.items()}
+            tracker.scalars(self.turn - 1, values | {f"{name}/learning_rate": rate, f"{name}/step": step})
+            if self.run.watch is not None:
+                signs = {key.split("/")[-1]: value for key, value in means.items()}
+                for alarm in self.run.watch.look(self.steps.get("student", 0), signs):
+                    self.alarms.append(alarm)
+                    tracker.say(alarm)
+        if name == "student" and self.run.gallery is not None and step % settings.sample_every == 0:
+            self.run.gallery(self.turn, tracker)
+
+
+def identity_of(recipe: recipes.Recipe, data: str | None, section: str) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes it: all that changes the numbers."""
+    plain = recipes.to_plain(recipe)
+    engine = plain["engine"]
+    learnt = {"global_batch": engine["global_batch"], "precision": engine["precision"]}
+    rest = {k: v for k, v in plain.items() if k not in ("engine", "watch", "evaluate", "evaluate_clips", "name")}
+    return {"recipe": recipes.digest(rest | learnt), "data": data, "phase": section}

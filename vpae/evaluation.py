@@ -1,0 +1,96 @@
+"""Sample a model on Bounce clips and judge the pixels against the simulator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vpae.data.bounce import Clip, World, make_clip
+from vpae.data.encoders import Encoders
+from vpae.data.judge import SetScores, judge_set
+from vpae.draws import Draws, seed_of
+from vpae.roles import Role
+from vpae.sampling import sample_latents
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A model's videos for a list of clips.
+
+    Attributes:
+        frames: uint8 ``[F, H, W, 3]`` each.
+        scores: the judge's word on them.
+        seconds_per_clip: spent in the denoiser alone (encoding and decoding left out), at the batch size used.
+        nfe: network evaluations a clip, guidance counted twice.
+    """
+
+    frames: list[np.ndarray]
+    scores: SetScores
+    seconds_per_clip: float
+    nfe: int
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "nfe": self.nfe,
+            "clips": self.scores.count,
+            "seconds_per_clip": round(self.seconds_per_clip, 5),
+            "frechet": round(self.scores.frechet, 4),
+            "values": {k: round(v, 4) for k, v in self.scores.values.items()},
+            "standard_errors": {k: round(v, 4) for k, v in self.scores.errors.items()},
+            "parts": {k: round(v, 4) for k, v in self.scores.parts.items()},
+        }
+
+
+def clips_of(world: World, split: str, count: int) -> list[Clip]:
+    """The first ``count`` clips of a split."""
+    return [make_clip(world, split, i) for i in range(count)]
+
+
+def sample_clips(
+    role: Role,
+    encoders: Encoders,
+    clips: Sequence[Clip],
+    *,
+    steps: int,
+    seed: int,
+    batch: int,
+    sampler: str | None = None,
+    guidance_scale: float = 1.0,
+    negative_prompt: str = "",
+    label: str = "sampling",
+) -> Sampled:
+    """Sample one video a clip from its first frame and caption, and judge them.
+
+    The noise belongs to (seed, clip's place in the list): the same for every model and batch size.
+    """
+    null_text = encoders.texts([negative_prompt])
+    frames: list[np.ndarray] = []
+    seconds = 0.0
+    for start in tqdm(range(0, len(clips), batch), desc=label, unit="batch", leave=False):
+        part = clips[start : start + batch]
+        condition = encoders.condition([c.frames[0] for c in part], [c.caption for c in part], part[0].world.num_frames)
+        draws = Draws(seed_of(seed, "evaluation"), range(start, start + len(part)), encoders.device)
+        null = condition.null(null_text) if guidance_scale != 1.0 else None
+        started = time.perf_counter()
+        latents = sample_latents(
+            role,
+            condition,
+            null,
+            draws,
+            steps=steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            scheduler=encoders.pipeline.scheduler,
+        )
+        if latents.is_cuda:
+            latents.sum().item()  # wait for the device before the clock is read
+        seconds += time.perf_counter() - started
+        frames += encoders.decode(latents)
+    nfe = steps * (1 if guidance_scale == 1.0 else 2)
+    return Sampled(frames, judge_set(frames, list(clips)), seconds / len(clips), nfe)

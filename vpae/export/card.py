@@ -1,0 +1,61 @@
+"""The model card of an exported student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vpae import __version__
+from vpae import recipe as recipes
+from vpae.data.bounce import World
+from vpae.loading import Model
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: image-to-video
+tags: [one-step, distillation, v-pae]
+---
+
+# One-step image-to-video student
+
+{source}. Distilled with vpae {version} by V-PAE (arXiv 2508.21019); recipe {digest} (`recipe.yaml` beside this file).
+
+## Use
+
+```python
+import torch
+from diffusers import WanImageToVideoPipeline
+from diffusers.utils import export_to_video, load_image
+
+pipe = WanImageToVideoPipeline.from_pretrained("THIS_FOLDER", torch_dtype=torch.float32)
+frames = pipe(
+    image=load_image("first_frame.png"),
+    prompt="{prompt}",
+    height={size}, width={size}, num_frames={frames},
+    num_inference_steps=1, guidance_scale=1.0,
+).frames[0]
+export_to_video(frames, "out.mp4", fps=8)
+```
+
+- Steps: **1** (1 NFE). Guidance: **none** (`guidance_scale=1.0`; it is distilled in). Terminal time t = 1.
+- Scheduler: the one in this folder (flow matching, Euler); at one step its grid is [1, 0].
+- Four steps from the same weights re-noise at t = 1, 0.9375, 0.8333, 0.625, which the Euler scheduler does not do:
+  `vpae sample THIS_FOLDER --steps 4`.
+- `proof.json` says how closely the call above reproduced the trained student, with hashes of the weights.
+{metrics}"""
+
+
+def model_card(model: Model, world: World, metrics: dict[str, Any] | None) -> str:
+    """Markdown: what it is, how to call it, how good it is."""
+    table = ""
+    if metrics:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
+        table = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}\n"
+    return _CARD.format(
+        source=model.source[:1].upper() + model.source[1:],
+        version=__version__,
+        digest="unknown" if model.recipe is None else recipes.digest(model.recipe),
+        prompt="A red ball moves right fast. No gravity.",
+        size=world.size,
+        frames=world.num_frames,
+        metrics=table,
+    )

@@ -1,0 +1,43 @@
+"""Writing diffusers pipeline folders."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "WanImageToVideoPipeline",
+    "_diffusers_version": diffusers.__version__,
+    "boundary_ratio": None,
+    "expand_timesteps": False,
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+    "image_processor": ["transformers", "CLIPImageProcessor"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def write_transformer(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
+    """Write ``folder/transformer`` from a config and whole weights; shards stay below 16 MB for small models.
+
+    Raises:
+        RuntimeError: the weights are not exactly the transformer's.
+    """
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel.from_config(dict(config))
+    transformer.load_state_dict(weights, strict=True, assign=True)
+    target = folder / "transformer"
+    shutil.rmtree(target, ignore_errors=True)
+    small = sum(w.numel() * w.element_size() for w in weights.values()) < 100e6
+    transformer.save_pretrained(target, safe_serialization=True, max_shard_size="15MB" if small else "10GB")

@@ -1,0 +1,157 @@
+"""Optional packages and attention kernels: imported only when a recipe names them, and never replaced by another.
+
+The native attention of torch is the default and needs nothing. Every other kernel is a choice of the recipe, so its
+absence is an error before the first weight is read, not a slower or different run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from packaging.version import Version
+
+from vpae.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """How to find an optional package, and the line that installs it."""
+
+    distribution: str
+    module: str
+    minimum: str
+    install: str
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One attention kernel as recipes name it.
+
+    Attributes:
+        dispatcher: Its name in ``diffusers.models.attention_dispatch.AttentionBackendName``.
+        package: The key in ``OPTIONAL_PACKAGES`` that it needs, or None where torch itself brings it.
+        trains: Whether gradients pass through it.
+        needs_cuda: Whether it runs on NVIDIA GPUs alone.
+    """
+
+    dispatcher: str
+    package: str | None = None
+    trains: bool = True
+    needs_cuda: bool = True
+
+
+_COMPILED = "pip install --no-build-isolation"
+
+OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
+    "xformers": OptionalPackage("xformers", "xformers.ops", "0.0.35", "pip install 'xformers>=0.0.35'"),
+    "flash_attn": OptionalPackage(
+        "flash-attn", "flash_attn", "2.8", f"{_COMPILED} 'flash-attn>=2.8' (it compiles: nvcc must be on PATH)"
+    ),
+    "flash_attn_3": OptionalPackage(
+        "flash_attn_3",
+        "flash_attn_interface",
+        "3.0.0b1",
+        f"{_COMPILED} 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper' "
+        "(it compiles: nvcc must be on PATH)",
+    ),
+    # The index holds only 1.x of this one, which lacks the kernels that diffusers calls.
+    "sageattention": OptionalPackage(
+        "sageattention",
+        "sageattention",
+        "2.1.1",
+        f"{_COMPILED} 'git+https://github.com/thu-ml/SageAttention' (it compiles: nvcc must be on PATH)",
+    ),
+    "kernels": OptionalPackage("kernels", "kernels", "0.12", "pip install 'kernels>=0.12'"),
+    # It pins transformers 4.33.2 and numpy<2, which no diffusers that knows Wan2.1 can live with.
+    "vbench": OptionalPackage(
+        "vbench",
+        "vbench",
+        "0.1.5",
+        "python3 -m venv .venv-vbench && .venv-vbench/bin/pip install 'vbench>=0.1.5' "
+        "(an environment of its own: it pins transformers 4.33.2 and numpy<2)",
+    ),
+}
+
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
+    "native": AttentionBackend("native", needs_cuda=False),
+    "native_math": AttentionBackend("_native_math", needs_cuda=False),
+    "native_flash": AttentionBackend("_native_flash", needs_cuda=False),
+    "native_efficient": AttentionBackend("_native_efficient"),
+    "native_cudnn": AttentionBackend("_native_cudnn"),
+    # Runs on a CPU too, but has no backward there.
+    "flex": AttentionBackend("flex"),
+    "xformers": AttentionBackend("xformers", "xformers"),
+    "flash": AttentionBackend("flash", "flash_attn"),
+    "flash_hub": AttentionBackend("flash_hub", "kernels"),
+    "flash_3_hub": AttentionBackend("_flash_3_hub", "kernels"),
+    # diffusers wraps this one in an operator without a derivative; sage has quantised products and none either.
+    "flash_3": AttentionBackend("_flash_3", "flash_attn_3", trains=False),
+    "sage": AttentionBackend("sage", "sageattention", trains=False),
+    "sage_hub": AttentionBackend("sage_hub", "kernels", trains=False),
+}
+
+
+def require(name: str, purpose: str) -> ModuleType:
+    """Imports an optional package now that something needs it.
+
+    Args:
+        name: A key of ``OPTIONAL_PACKAGES``.
+        purpose: What asked for it, as the user would recognise it, such as ``"attention: flash"``.
+
+    Returns:
+        The module that the package is used through (``xformers.ops`` for xformers).
+
+    Raises:
+        UserError: The package is absent, too old, or does not import; the message holds the line that mends it.
+    """
+    package = OPTIONAL_PACKAGES[name]
+    try:
+        version = importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{purpose} needs {package.distribution}, which is not installed: {package.install}") from None
+    if Version(version) < Version(package.minimum):
+        raise UserError(
+            f"{purpose} needs {package.distribution} {package.minimum} or later, found {version}: {package.install}"
+        )
+    try:
+        return importlib.import_module(package.module)
+    except (ImportError, OSError, RuntimeError) as error:
+        # A kernel that was compiled for another torch fails in any of these ways.
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{purpose} needs {package.distribution}, and the installed {version} does not import with torch "
+            f"{torch.__version__} ({reason}); remove it, then {package.install}"
+        ) from error
+
+
+def check_attention_backend(name: str, *, training: bool = True) -> str:
+    """Makes sure that an attention kernel can run here, before any weight is read.
+
+    Args:
+        name: The recipe's name of it, a key of ``ATTENTION_BACKENDS``.
+        training: Whether gradients must pass. Some kernels have no derivative.
+
+    Returns:
+        The name to hand to diffusers' ``set_attention_backend``.
+
+    Raises:
+        UserError: The name is unknown, the kernel cannot train, its package is missing or broken, or there is no GPU.
+    """
+    if name not in ATTENTION_BACKENDS:
+        raise UserError(f"attention: {name!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}")
+    backend = ATTENTION_BACKENDS[name]
+    if training and not backend.trains:
+        raise UserError(
+            f"attention: {name} has no backward and can only sample; to train choose native, flash or xformers"
+        )
+    if backend.package is not None:
+        require(backend.package, f"attention: {name}")
+    if backend.needs_cuda and not torch.cuda.is_available():
+        raise UserError(
+            f"attention: {name} runs on an NVIDIA GPU alone and torch {torch.__version__} sees none here; choose native"
+        )
+    return backend.dispatcher

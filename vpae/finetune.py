@@ -1,0 +1,228 @@
+"""``vpae finetune``: make the parts of a teacher: a VAE, or a Wan transformer by flow matching."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from vpae import recipe as recipes
+from vpae.data.cache import prepare
+from vpae.data.encoders import Encoders, load_transformer
+from vpae.data.sources import Source, open_source
+from vpae.data.tiny import write_encoders
+from vpae.draws import Draws, seed_of
+from vpae.engine.parallel import Processes, shard_module, whole
+from vpae.engine.trainer import Run, Trainer, identity_of
+from vpae.engine.watch import Watch
+from vpae.errors import UserError
+from vpae.export.folder import MODEL_INDEX, write_transformer
+from vpae.gallery import Gallery
+from vpae.methods.flow_matching import FlowMatching
+from vpae.methods.vae import Frames, VaeMethod
+from vpae.models import check_fit, compile_blocks, fresh_transformer, shard, wrap
+from vpae.recipe import FinetuneFlow, FinetuneVae
+from vpae.roles import Role, full_copy
+from vpae.runs import environment, open_folder, write_json
+
+
+def build_vae(config: dict, seed: int) -> AutoencoderKLWan:
+    """A fresh VAE from its diffusers config, weights drawn from ``seed``.
+
+    Raises:
+        UserError: the config is not one that AutoencoderKLWan takes.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "vae"))
+            return AutoencoderKLWan(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"section 'vae' of the recipe does not make an AutoencoderKLWan: {error}") from None
+
+
+def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Processes) -> bool:
+    """Train a VAE; at the end ``folder/vae`` is a diffusers folder with its latents' mean and std measured."""
+    open_folder(folder, recipe, resume, processes)
+    source = open_source(recipe.source)
+    method = VaeMethod(recipe.training, build_vae(recipe.vae, recipe.seed).to(processes.device))
+    for stage in recipe.training.stages:
+        if stage.frames % 4 != 1 or stage.batch % processes.size:
+            raise UserError(
+                f"a stage of the VAE's training needs 4k + 1 frames and a batch that {processes.size} ranks can split, "
+                f"not {stage.frames} frames and batch {stage.batch}"
+            )
+    shard_module(method.model, processes)
+    shard_module(method.ema, processes)
+    method.attach()
+
+    def fetch(indices: list[int], draws: Draws) -> Frames:
+        frames = method.stage(trainer.turn).frames
+        clips = []
+        for index, u in zip(indices, draws.uniform("crop").tolist(), strict=True):
+            clip = source[index].frames
+            if len(clip) < frames:
+                raise UserError(f"clip {source[index].name} has {len(clip)} frames, a stage of training wants {frames}")
+            start = int(u * (len(clip) - frames + 1))
+            clips.append(clip[start : start + frames])
+        pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        return Frames(pixels.to(processes.device), draws)
+
+    run = Run(
+        folder=folder,
+        settings=recipe.engine,
+        seed=seed_of(recipe.seed, "vae training"),
+        identity=identity_of(recipe, recipes.digest(source.fingerprint()), "vae"),
+        recipe_text=recipes.dump(recipe),
+        fetch=fetch,
+        samples=len(source),
+        modules=[method.model, method.ema],
+        portion=method.portion,
+    )
+    trainer = Trainer(method, run, processes)
+    if resume:
+        trainer.resume()
+    if not trainer.train():
+        return False
+    state = {name.removeprefix("vae."): whole(p).cpu() for name, p in method.ema.state_dict().items()}
+    if processes.is_main:
+        _finish_vae(recipe, state, source, folder)
+    processes.barrier()
+    return True
+
+
+@torch.no_grad()
+def _finish_vae(recipe: FinetuneVae, state: dict, source: Source, folder: Path) -> None:
+    """Measure the latents' moments on training clips and the PSNR on test clips; write the diffusers folder."""
+    vae = build_vae(recipe.vae, recipe.seed)
+    vae.load_state_dict(state)
+    vae.eval()
+
+    def pixels(clips: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+    generator = np.random.Generator(np.random.PCG64(seed_of(recipe.seed, "moments")))
+    chosen = generator.choice(len(source), min(128, len(source)), replace=False)
+    latents = torch.cat(
+        [
+            vae.encode(pixels([source[int(i)].frames for i in chosen[k : k + 8]])).latent_dist.mode()
+            for k in range(0, len(chosen), 8)
+        ]
+    )
+    vae.register_to_config(
+        latents_mean=[round(v, 6) for v in latents.mean((0, 2, 3, 4)).tolist()],
+        latents_std=[round(v, 6) for v in latents.std((0, 2, 3, 4)).tolist()],
+    )
+    vae.save_pretrained(folder / "vae", max_shard_size="15MB")
+    test = open_source(recipe.source | {"split": "test", "count": recipe.evaluate_clips})
+    psnr = []
+    for i in range(len(test)):
+        x = pixels([test[i].frames])
+        error = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().mean()
+        psnr.append(float(10 * torch.log10(4 / error)))
+    report = {
+        "clips": len(psnr),
+        "psnr_db_mean": round(float(np.mean(psnr)), 3),
+        "psnr_db_min": round(float(np.min(psnr)), 3),
+        "recipe": recipes.digest(recipe),
+        "environment": environment(),
+    }
+    write_json(folder / "evaluation.json", report)
+    print(f"VAE on {len(psnr)} test clips: {report['psnr_db_mean']:.2f} dB (worst {report['psnr_db_min']:.2f})")
+
+
+def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:
+    """The pipeline folder a flow-matching run trains in: VAE given, encoders given or (for the tiny teacher) built.
+
+    Raises:
+        UserError: ``teacher.path`` holds neither a pipeline nor a VAE.
+    """
+    given = Path(recipe.teacher.path)
+    if (given / "model_index.json").is_file() and recipe.transformer is None:
+        return given
+    if not (given / "config.json").is_file() and not (given / "vae" / "config.json").is_file():
+        raise UserError(
+            f"teacher.path {recipe.teacher.path!r} must be a pipeline folder, or for a model from scratch the folder "
+            "of a VAE (make the tiny one with: vpae finetune recipes/tiny_vae.yaml)"
+        )
+    target = folder / "pipeline"
+    if processes.is_main and not (target / "model_index.json").is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        write_encoders(target, recipe.scheduler_shift)
+        shutil.copytree(
+            given if (given / "config.json").is_file() else given / "vae", target / "vae", dirs_exist_ok=True
+        )
+        write_json(target / "model_index.json", MODEL_INDEX)
+    processes.barrier()
+    return target
+
+
+def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Processes) -> bool:
+    """Train a Wan transformer by flow matching; at the end ``folder/pipeline`` samples with the EMA weights."""
+    open_folder(folder, recipe, resume, processes)
+    pipeline = assemble(recipe, folder, processes)
+    encoders = Encoders(pipeline, processes.device)
+    cache = prepare(recipe.data, encoders, processes)
+    if recipe.transformer is None:
+        transformer = load_transformer(pipeline)
+    else:
+        transformer = fresh_transformer(recipe.transformer, recipe.seed)
+    check_fit(transformer, cache, str(pipeline))
+    student = Role("student", wrap(transformer, recipe.teacher, recipe.engine, processes))
+    ema = full_copy(student, "ema")
+    shard([student.backbone, ema.backbone], processes, recipe.engine.precision)
+    if recipe.engine.compile:
+        compile_blocks([student.backbone])
+    method = FlowMatching(recipe.training, student=student, ema=ema)
+    gallery = Gallery(
+        folder,
+        cache,
+        encoders,
+        recipe.evaluate,
+        recipe.engine.samples,
+        processes,
+        student=ema,
+        teacher=None,
+        steps=recipe.evaluate.teacher_steps,
+    )
+    run = Run(
+        folder=folder,
+        settings=recipe.engine,
+        seed=seed_of(recipe.seed, "flow matching"),
+        identity=identity_of(recipe, cache.fingerprint, "flow_matching"),
+        recipe_text=recipes.dump(recipe),
+        fetch=cache.fetch,
+        samples=len(cache),
+        modules=[student.backbone.transformer, ema.backbone.transformer],
+        watch=Watch(recipe.watch),
+        gallery=gallery,
+    )
+    trainer = Trainer(method, run, processes)
+    if resume:
+        trainer.resume()
+    if not trainer.train():
+        return False
+    weights = {name: whole(p.detach()).cpu() for name, p in ema.named_parameters()}
+    if processes.is_main:
+        write_transformer(transformer.config, weights, pipeline)
+        print(
+            f"teacher written to {pipeline}; judge it with: vpae evaluate {pipeline} --steps "
+            f"{recipe.evaluate.teacher_steps} --guidance-scale {recipe.evaluate.teacher_guidance}"
+        )
+    processes.barrier()
+    return True
+
+
+def finetune(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Processes) -> bool:
+    """Train what the recipe says; False when a signal interrupted it.
+
+    Raises:
+        UserError: the recipe is one of distillation, or anything the training finds wrong.
+    """
+    if isinstance(recipe, FinetuneVae):
+        return train_vae(recipe, folder, resume, processes)
+    if isinstance(recipe, FinetuneFlow):
+        return train_flow(recipe, folder, resume, processes)
+    raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae {recipe.kind}")

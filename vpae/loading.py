@@ -1,0 +1,85 @@
+"""A model named on the command line: a diffusers folder, or a run of vpae and one of its roles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpae import recipe as recipes
+from vpae.backbone import Backbone
+from vpae.data.encoders import load_transformer
+from vpae.engine import checkpoint as checkpoints
+from vpae.engine.parallel import start
+from vpae.errors import UserError
+from vpae.extras import check_attention_backend
+from vpae.models import distillation_cast, find_model
+from vpae.recipe import Distill
+from vpae.roles import Role
+
+PHASES = ("equilibrium", "priming")  # the later one first
+
+
+@dataclass(frozen=True)
+class Model:
+    """A role and the pipeline folder whose encoders and scheduler belong to it.
+
+    Attributes:
+        recipe: of the run it comes from, None for a plain pipeline folder.
+        source: one line for people: which weights these are.
+    """
+
+    role: Role
+    pipeline: Path
+    recipe: recipes.Recipe | None
+    source: str
+
+
+def load_model(path: Path, role: str | None = None, phase: str | None = None) -> Model:
+    """Load a pipeline folder, an asset's name, or a role of a run folder (default: ``ema``, the weights that ship).
+
+    Raises:
+        UserError: it is neither, or has no such role or no checkpoint yet.
+    """
+    if (path / recipes_file()).is_file():
+        return _from_run(path, role or "ema", phase)
+    if role not in (None, "teacher"):
+        raise UserError(f"--role {role} is for run folders; {path} is not one (no {recipes_file()} in it)")
+    folder = path if (path / "model_index.json").is_file() else find_model(str(path))
+    transformer = load_transformer(folder)
+    return Model(Role("model", _plain_backbone(transformer)), folder, None, str(folder))
+
+
+def recipes_file() -> str:
+    """Name of the resolved recipe in a run folder."""
+    return "recipe.yaml"
+
+
+def _plain_backbone(transformer) -> Backbone:
+    transformer.set_attention_backend(check_attention_backend("native"))
+    backbone = Backbone(transformer.to(start().device))
+    backbone.transformer.requires_grad_(False)
+    return backbone
+
+
+def _from_run(run: Path, role: str, phase: str | None) -> Model:
+    recipe = recipes.load(run / recipes_file())
+    if not isinstance(recipe, Distill):
+        pipeline = run / "pipeline"
+        if recipe.kind == "flow_matching" and (pipeline / "transformer").is_dir():
+            return load_model(pipeline)
+        raise UserError(f"{run} is a {recipe.kind} run without a finished pipeline/; finish it with --resume")
+    if role not in ("student", "ema", "teacher"):
+        raise UserError(f"a distillation has the roles student, ema and teacher to sample from, not {role!r}")
+    processes = start()
+    cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, processes)
+    chosen: Role = getattr(cast, role)
+    pipeline = find_model(recipe.teacher.path)
+    if role == "teacher":
+        return Model(chosen, pipeline, recipe, f"teacher {pipeline}")
+    for name in PHASES if phase is None else (phase,):
+        found = checkpoints.find(run / name / "checkpoints")
+        if found is not None:
+            tensors = {f"{role}.{key}": p.detach() for key, p in chosen.named_parameters()}
+            checkpoints.load(found, tensors, processes)
+            return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
+    raise UserError(f"{run} holds no checkpoint{f' of phase {phase}' if phase else ''} yet")

@@ -1,0 +1,138 @@
+"""Phase II of V-PAE, unified adversarial equilibrium: the student's own EMA judges it.
+
+    x0hat = eps - mu_theta(eps, 1)                                        from pure noise
+    D(x)  = d_psi( theta^-((1 - t) x + t eps', t),  q, e_i, e_t )         theta^- = EMA of theta, up to its last tap
+    head turn:     E max(0, 1 - D(x)) + E max(0, 1 + D(x0hat)) + L_STR1               moves psi
+    student turn:  -E D(x0hat) + lambda || x0hat - sg f_real(sg x_t', t') ||^2        moves theta
+    theta^- <- 0.995 theta^- + 0.005 theta
+
+(arXiv 2508.21019, equations of phase II.) The paper's figure prints t = 1 for the judge, which would multiply x0hat by
+zero; t is drawn here, the same for real and generated, from a law of the recipe that ends below 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vpae import losses
+from vpae.conditioning import Condition
+from vpae.flow import interpolate
+from vpae.methods.base import Batch, Ema, Outcome, Player
+from vpae.recipe import Equilibrium as Settings
+from vpae.roles import Role
+
+
+class Equilibrium:
+    """Adversarial training of a primed student against a head on its own EMA.
+
+    Args:
+        judge: whose blocks feed the head: the ``ema`` role itself (unified), a frozen role, or a trainable one that
+            moves in the head's turn (the paper's ablation).
+        taps: block indices.
+    """
+
+    name = "equilibrium"
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        teacher: Role,
+        student: Role,
+        ema: Role,
+        judge: Role,
+        head: nn.Module,
+        taps: tuple[int, ...],
+    ) -> None:
+        self.settings, self.taps, self.head = settings, taps, head
+        self.teacher, self.student, self.judge, self.sampler = teacher, student, judge, ema
+        self.adversary = losses.ADVERSARIAL[settings.adversarial]
+        head_steps = settings.student_steps * settings.head_per_student
+        self.turns = settings.student_steps + head_steps
+        mine = {f"head.{name}": p for name, p in head.named_parameters()}
+        if settings.judge == "trainable":
+            mine |= {f"judge.{name}": p for name, p in judge.named_parameters()}
+        follow = Ema("ema", dict(ema.named_parameters()), settings.ema_decay)
+        self.players = {
+            "head": Player("head", mine, settings.head_optimiser, head_steps),
+            "student": Player(
+                "student", dict(student.named_parameters()), settings.student_optimiser, settings.student_steps, follow
+            ),
+        }
+
+    def player_of(self, turn: int) -> str:
+        last_of_cycle = turn % (self.settings.head_per_student + 1) == self.settings.head_per_student
+        return "student" if last_of_cycle else "head"
+
+    def generate(self, batch: Batch) -> Tensor:
+        """The 1-NFE sample from pure noise."""
+        noise = batch.draws.normal_like("student noise", batch.x0)
+        return self.student.x0(noise, noise.new_ones(len(noise)), batch.condition)
+
+    def logits(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """``D(x_t) [B]``: the judge's tapped blocks, read by the head."""
+        prediction = self.judge(x_t, t, condition, self.taps, stop_at_last_tap=True)
+        return self.head(prediction.features, prediction.grid, condition.image, condition.text, condition.text_mask)
+
+    def loss(self, player: str, batch: Batch) -> Outcome:
+        return self._head_loss(batch) if player == "head" else self._student_loss(batch)
+
+    def _levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The shared time, and the noise on real and on generated clips."""
+        t = self.settings.judge_time.quantile(batch.draws.uniform("judge time"))
+        on_real = batch.draws.normal_like("judge noise on real", batch.x0)
+        on_fake = on_real if self.settings.share_noise else batch.draws.normal_like("judge noise on fake", batch.x0)
+        return t, on_real, on_fake
+
+    def _head_loss(self, batch: Batch) -> Outcome:
+        with torch.no_grad():
+            x0_hat = self.generate(batch)
+        t, on_real, on_fake = self._levels(batch)
+        real_t, fake_t = interpolate(batch.x0, on_real, t), interpolate(x0_hat, on_fake, t)
+        real, fake = self.logits(real_t, t, batch.condition), self.logits(fake_t, t, batch.condition)
+        adversarial = self.adversary[0](real, fake)
+        scalars = {
+            "adversarial": adversarial.detach(),
+            "logit_real": real.detach().mean(),
+            "logit_fake": fake.detach().mean(),
+            "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()),
+        }
+        loss = adversarial
+        if self.settings.r1.weight > 0:
+            r1 = self._st_r1(real, real_t, t, batch, "real")
+            if self.settings.r1.on == "both":
+                r1 = r1 + self._st_r1(fake, fake_t, t, batch, "fake")
+            scalars["st_r1"] = r1.detach()
+            loss = loss + self.settings.r1.weight * r1
+        return Outcome(loss, scalars)
+
+    def _st_r1(self, logits: Tensor, x_t: Tensor, t: Tensor, batch: Batch, which: str) -> Tensor:
+        """Finite differences at the judge's input, the same noise level on both sides of the difference."""
+        r1 = self.settings.r1
+        spatial = losses.spatial_perturbation(batch.draws.normal_like(f"spatial {which}", x_t), r1.spatial_sigma)
+        temporal = losses.temporal_perturbation(batch.draws.normal_like(f"temporal {which}", x_t), r1.temporal_sigma)
+        moves = [spatial + temporal] if r1.form == "joint" else [spatial, temporal]
+        terms = [losses.finite_difference_r1(logits, self.logits(x_t + n, t, batch.condition)) for n in moves]
+        return torch.stack(terms).sum()
+
+    def _student_loss(self, batch: Batch) -> Outcome:
+        x0_hat = self.generate(batch)
+        t, _, on_fake = self._levels(batch)
+        logits = self.logits(interpolate(x0_hat, on_fake, t), t, batch.condition)
+        adversarial = self.adversary[1](logits)
+        scalars = {"adversarial": adversarial.detach(), "logit_fake": logits.detach().mean()}
+        loss = adversarial
+        if self.settings.sds.weight > 0:
+            sds = self._conditional_sds(x0_hat, batch)
+            scalars["c_sds"] = sds.detach()
+            loss = loss + self.settings.sds.weight * sds
+        return Outcome(loss, scalars, x0_hat.detach())
+
+    def _conditional_sds(self, x0_hat: Tensor, batch: Batch) -> Tensor:
+        settings = self.settings.sds
+        with torch.no_grad():
+            t = settings.time.quantile(batch.draws.uniform("sds time"))
+            x_t = interpolate(x0_hat, batch.draws.normal_like("sds noise", x0_hat), t)
+            target = self.teacher.guided_x0(x_t, t, batch.condition, batch.null, settings.guidance_scale)
+        return losses.conditional_sds(x0_hat, target, settings.first_frame_weight)

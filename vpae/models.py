@@ -1,0 +1,121 @@
+"""From a recipe to networks in their roles, sharded and ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from vpae.backbone import Backbone
+from vpae.data.cache import Cache
+from vpae.data.encoders import load_transformer
+from vpae.draws import seed_of
+from vpae.engine.parallel import Processes, shard_backbone
+from vpae.errors import UserError
+from vpae.extras import check_attention_backend
+from vpae.recipe import Engine, Lora, Student, Teacher
+from vpae.roles import Role, add_lora, copy_weights, full_copy
+
+
+def find_model(path: str) -> Path:
+    """A model folder named in a recipe: as given, or among the assets that ship with the package.
+
+    Raises:
+        UserError: there is none.
+    """
+    direct = Path(path)
+    if direct.is_dir():
+        return direct
+    shipped = Path(__file__).parent / "assets" / path
+    if shipped.is_dir():
+        return shipped
+    raise UserError(f"teacher.path {path!r} is no folder, nor the name of a model that ships with vpae (tiny_wan)")
+
+
+def wrap(transformer: WanTransformer3DModel, teacher: Teacher, engine: Engine, processes: Processes) -> Backbone:
+    """A frozen backbone on this rank's device, with the recipe's attention and checkpointing; not sharded yet."""
+    transformer.set_attention_backend(check_attention_backend(teacher.attention))
+    backbone = Backbone(transformer.to(processes.device), fold_text_padding=teacher.fold_text_padding)
+    backbone.transformer.requires_grad_(False)
+    if engine.checkpointing:
+        backbone.enable_checkpointing()
+    return backbone
+
+
+def check_fit(transformer: WanTransformer3DModel, cache: Cache, where: str) -> None:
+    """The cache's tensors must be what the transformer takes.
+
+    Raises:
+        UserError: another number of channels or another token width.
+    """
+    channels, config = cache.latent_shape[0], transformer.config
+    sample = cache._slice(0, "text").shape[-1], cache._slice(0, "image").shape[-1]
+    expected = {
+        "latent channels": (config.out_channels, channels),
+        "text width": (config.text_dim, sample[0]),
+        "image width": (config.image_dim, sample[1]),
+    }
+    for what, (model, data) in expected.items():
+        if model != data:
+            raise UserError(
+                f"the cache {cache.folder} and the transformer in {where} do not fit: {what} is {data} in the cache "
+                f"and {model} in the transformer; encode with that model's own VAE and text encoder"
+            )
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Teacher, student and its EMA; ``backbones`` are the distinct networks behind all roles."""
+
+    teacher: Role
+    student: Role
+    ema: Role
+    backbones: list[Backbone]
+
+
+def distillation_cast(teacher: Teacher, student: Student, engine: Engine, seed: int, processes: Processes) -> Cast:
+    """Teacher, and a student and EMA that start from it; call :func:`shard` once all adapters are on."""
+    path = find_model(teacher.path)
+    base = Role("teacher", wrap(load_transformer(path), teacher, engine, processes))
+    if student.kind == "lora":
+        live = add_lora(base.backbone, "student", student.lora, seed)
+        ema = add_lora(base.backbone, "ema", student.lora, seed)
+        copy_weights(live, ema)
+        return Cast(base, live, ema, [base.backbone])
+    live, ema = full_copy(base, "student"), full_copy(base, "ema")
+    return Cast(base, live, ema, [base.backbone, live.backbone, ema.backbone])
+
+
+def fake_score(cast: Cast, lora: Lora, seed: int) -> Role:
+    """The teacher plus a zero-initialised LoRA: equal to the teacher at step 0."""
+    return add_lora(cast.teacher.backbone, "fake_score", lora, seed)
+
+
+def shard(backbones: list[Backbone], processes: Processes, precision: str) -> None:
+    """Shard every distinct backbone."""
+    for backbone in backbones:
+        shard_backbone(backbone, processes, precision)
+
+
+def compile_blocks(backbones: list[Backbone]) -> None:
+    """Let torch.compile fuse each block (one compilation serves all blocks of a model)."""
+    for backbone in backbones:
+        for block in backbone.transformer.blocks:
+            block.compile(dynamic=False)
+
+
+def fresh_transformer(config: dict, seed: int) -> WanTransformer3DModel:
+    """A Wan transformer from scratch, weights drawn from ``seed``.
+
+    Raises:
+        UserError: the config is not one that WanTransformer3DModel takes.
+    """
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "transformer"))
+            return WanTransformer3DModel(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"section 'transformer' of the recipe does not make a WanTransformer3DModel: {error}") from None

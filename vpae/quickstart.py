@@ -1,0 +1,161 @@
+"""The main job: distil the embedded teacher into a one-step student, export it, and show how good it is."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from vpae import recipe as recipes
+from vpae.commands import world_of
+from vpae.data.bounce import Clip
+from vpae.data.encoders import Encoders
+from vpae.data.judge import SetScores, judge_set
+from vpae.distill import PHASES, distill
+from vpae.engine.parallel import Processes
+from vpae.engine.tracking import read_log
+from vpae.errors import UserError
+from vpae.evaluation import Sampled, clips_of, sample_clips
+from vpae.export.diffusers import export_student
+from vpae.loading import Model, load_model
+from vpae.recipe import Distill
+from vpae.report import Variant, format_table, write_comparison, write_report
+from vpae.runs import RECIPE, environment, write_json
+
+_SHOWN = 8  # clips on the page
+
+
+def default_recipe() -> Path:
+    """recipes/quickstart.yaml, in a checkout or in the current folder.
+
+    Raises:
+        UserError: neither is there.
+    """
+    for root in (Path.cwd(), Path(__file__).parent.parent):
+        if (root / "recipes" / "quickstart.yaml").is_file():
+            return root / "recipes" / "quickstart.yaml"
+    raise UserError("recipes/quickstart.yaml is not here; start in a checkout of vpae, or name a --recipe")
+
+
+def quickstart(path: Path | None, overrides: tuple[str, ...], folder: Path, fresh: bool, processes: Processes) -> bool:
+    """Distil (going on where an earlier call stopped), export, compare, report; False when interrupted.
+
+    Raises:
+        UserError: the recipe does not distil, or anything the run finds wrong.
+    """
+    started = time.monotonic()
+    recipe = recipes.load(path or default_recipe(), overrides)
+    if not isinstance(recipe, Distill):
+        raise UserError(f"{path} is a recipe of kind {recipe.kind}; the main job distils")
+    if fresh and processes.is_main and (folder / RECIPE).is_file():
+        shutil.rmtree(folder)
+    processes.barrier()
+    if not distill(recipe, folder, True, processes):
+        return False
+    if processes.is_main:
+        trained = time.monotonic() - started
+        compare(recipe, folder, trained, started)
+    processes.barrier()
+    return True
+
+
+def compare(recipe: Distill, folder: Path, trained: float, started: float) -> dict[str, Any]:
+    """Export the student, judge it beside its teacher, write results, comparison and report."""
+    student, teacher = load_model(folder), load_model(folder, "teacher")
+    encoders = Encoders(student.pipeline, student.role.backbone.transformer.device)
+    clips = clips_of(world_of(student), "test", recipe.evaluate.clips)
+    rows = judge_rows(recipe, student, teacher, encoders, clips)
+    real = judge_set([c.frames for c in clips], clips)
+    summary = summarise(rows)
+    proof = export_student(student, folder / "student", {k: f"{v:.4g}" for k, v in summary.items()})
+    results = {
+        "recipe": recipes.digest(recipe),
+        "seed": recipe.seed,
+        "clips": len(clips),
+        "seconds_training": round(trained, 1),
+        "seconds_total": round(time.monotonic() - started, 1),
+        "summary": {k: round(v, 4) for k, v in summary.items()},
+        "real": Sampled([], real, 0.0, 0).plain(),
+        "rows": {name: sampled.plain() for name, sampled in rows.items()},
+        "proof_max_error": proof.max_error,
+        "environment": environment(),
+    }
+    write_json(folder / "results.json", results)
+    show(recipe, folder, clips, real, rows, results)
+    return results
+
+
+def judge_rows(
+    recipe: Distill, student: Model, teacher: Model, encoders: Encoders, clips: list[Clip]
+) -> dict[str, Sampled]:
+    """Teacher at full and at one step, student at one and four, on the same clips and the same noise."""
+    settings = recipe.evaluate
+    full = {"steps": settings.teacher_steps, "guidance_scale": settings.teacher_guidance, "sampler": "euler"}
+    plans = {
+        f"teacher {2 * settings.teacher_steps} NFE": (teacher, full),
+        "teacher 1 NFE": (teacher, {"steps": 1, "sampler": "euler"}),
+        "student 1 NFE": (student, {"steps": 1}),
+        "student 4 NFE": (student, {"steps": 4}),
+    }
+    return {
+        name: sample_clips(
+            model.role,
+            encoders,
+            clips,
+            seed=settings.seed,
+            batch=settings.batch,
+            negative_prompt=recipe.data.negative_prompt,
+            label=name,
+            **options,
+        )
+        for name, (model, options) in plans.items()
+    }
+
+
+def summarise(rows: dict[str, Sampled]) -> dict[str, float]:
+    """The three bars of the job: how near, how lively, how much faster."""
+    teacher, student = next(iter(rows.values())), rows["student 1 NFE"]
+    mine, theirs = student.scores.values, teacher.scores.values
+    return {
+        "student_mean_percent_of_teacher": 100 * mine["mean"] / theirs["mean"],
+        "student_dynamic_degree_percent_of_teacher": 100 * mine["dynamic_degree"] / theirs["dynamic_degree"],
+        "denoiser_speedup": teacher.seconds_per_clip / student.seconds_per_clip,
+    }
+
+
+def _variant(name: str, nfe: int, frames: list, scores: SetScores, seconds: float | None) -> Variant:
+    return Variant(name, nfe, frames, {**scores.values, "frechet": scores.frechet}, seconds)
+
+
+def show(
+    recipe: Distill, folder: Path, clips: list[Clip], real: SetScores, rows: dict[str, Sampled], results: dict[str, Any]
+) -> None:
+    """comparison.mp4, comparison.png, report.html, and the table in the terminal."""
+    shown = clips[:_SHOWN]
+    frames = [c.frames for c in clips]
+    variants = [_variant(name, s.nfe, s.frames, s.scores, s.seconds_per_clip) for name, s in rows.items()]
+    everything = [_variant("real", 0, frames, real, None), *variants]
+    columns = [(v.name, v.frames[: len(shown)]) for v in everything if v.nfe != 4]
+    write_comparison(folder, [c.caption for c in shown], columns)
+    logs = {p: read_log(folder / p / "log.jsonl") for p in PHASES if (folder / p / "log.jsonl").is_file()}
+    facts = {
+        "Recipe": f"{recipe.name}, seed {recipe.seed}, {results['recipe']}",
+        "Training": f"{results['seconds_training'] / 60:.1f} min",
+        "Whole job": f"{results['seconds_total'] / 60:.1f} min",
+        **{k: str(v) for k, v in results["environment"].items()},
+    }
+    page = write_report(
+        folder,
+        title="One step: student beside teacher",
+        clips=[c.caption for c in shown],
+        real=frames[: len(shown)],
+        variants=[Variant(v.name, v.nfe, v.frames[: len(shown)], v.scores, v.seconds_per_clip) for v in variants],
+        logs=logs,
+        facts=facts,
+    )
+    print(format_table(everything))
+    for name, value in results["summary"].items():
+        print(f"  {name.replace('_', ' ')}: {value:.1f}")
+    print(f"  {folder / 'student'}: exported, proven (latents differ by at most {results['proof_max_error']:.1e})")
+    print(f"  {page}, {folder / 'comparison.mp4'}, {folder / 'comparison.png'}")

@@ -1,0 +1,371 @@
+"""A run, written down whole: frozen dataclasses, strict YAML, dotted overrides. Nothing else reads YAML.
+
+Every number that changes a result stands in the file. A missing, unknown or mistyped key is an error that names the
+key, the file and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vpae.errors import UserError
+from vpae.flow import TimeLaw
+from vpae.strict import build, kind_of
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A peft LoRA: rank, alpha, and the linear layers it is put on (suffixes of diffusers' module names)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW of one player; ``schedule`` is constant or cosine (to a tenth), after a linear warm-up."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup_steps: int
+    schedule: Literal["constant", "cosine"]
+    clip_norm: float | None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen model. ``path`` is a diffusers folder of a WanImageToVideoPipeline."""
+
+    path: str
+    attention: str
+    fold_text_padding: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on: ``source`` as understood by vpae.data.sources, encoded once into ``cache``."""
+
+    source: dict[str, Any]
+    cache: str
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
+class Student:
+    """``full``: own weights, all trained. ``lora``: adapters on the teacher's frozen weights."""
+
+    kind: Literal["full", "lora"]
+    lora: Lora | None
+
+
+@dataclass(frozen=True)
+class Priming:
+    """Phase I, stability priming (V-PAE, arXiv 2508.21019)."""
+
+    student_steps: int
+    fake_per_student: int
+    student_time: TimeLaw
+    score_time: TimeLaw
+    fake_time: TimeLaw
+    guidance_scale: float
+    normaliser: Literal["dmd", "score", "none"]
+    fake_lora: Lora
+    ema_decay: float
+    student_optimiser: Optimiser
+    fake_optimiser: Optimiser
+
+
+@dataclass(frozen=True)
+class Head:
+    """The discriminator's head; sizes are ours, the paper gives none."""
+
+    kind: Literal["convolutional", "cross_attention", "semantic"]
+    width: int
+    num_heads: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class R1:
+    """ST-R1: finite differences under spatial and temporal noise, weight 0 switches it off."""
+
+    weight: float
+    spatial_sigma: float
+    temporal_sigma: float
+    form: Literal["separate", "joint"]
+    on: Literal["real", "both"]
+
+
+@dataclass(frozen=True)
+class Sds:
+    """Conditional SDS against the frozen teacher; ``weight`` is the paper's lambda."""
+
+    weight: float
+    time: TimeLaw
+    guidance_scale: float
+    first_frame_weight: float
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """Phase II, unified adversarial equilibrium (V-PAE)."""
+
+    student_steps: int
+    head_per_student: int
+    judge: Literal["unified", "frozen", "trainable"]
+    taps: tuple[int, ...] | None
+    head: Head
+    adversarial: Literal["hinge", "softplus"]
+    judge_time: TimeLaw
+    share_noise: bool
+    r1: R1
+    sds: Sds
+    ema_decay: float
+    student_optimiser: Optimiser
+    head_optimiser: Optimiser
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run is carried out; only ``global_batch`` and ``precision`` change what is learnt."""
+
+    global_batch: int
+    micro_batch: int
+    precision: Literal["fp32", "bf16"]
+    checkpointing: bool
+    compile: bool
+    log_every: int
+    sample_every: int
+    samples: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Limits of the collapse alarm; see vpae.engine.watch."""
+
+    action: Literal["warn", "stop"]
+    after_steps: int
+    patience: int
+    min_motion_ratio: float
+    max_motion_ratio: float
+    max_frame0_likeness: float
+    max_channel_drift: float
+    max_logit: float
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What the trained student is judged on, and the teacher's sampler beside it."""
+
+    clips: int
+    batch: int
+    teacher_steps: int
+    teacher_guidance: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Distill:
+    """``vpae distill``: phase I, hand-over, phase II. A phase set to null is not run."""
+
+    kind: Literal["distill"]
+    name: str
+    seed: int
+    teacher: Teacher
+    data: Data
+    student: Student
+    priming: Priming | None
+    equilibrium: Equilibrium | None
+    engine: Engine
+    watch: Watch
+    evaluate: Evaluate
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Flow matching of a whole transformer; with ``text_dropout`` so that guidance works."""
+
+    steps: int
+    time: TimeLaw
+    text_dropout: float
+    ema_decay: float
+    optimiser: Optimiser
+
+
+@dataclass(frozen=True)
+class FinetuneFlow:
+    """``vpae finetune``: train a Wan transformer, from ``teacher.path`` or from scratch (``transformer`` given)."""
+
+    kind: Literal["flow_matching"]
+    name: str
+    seed: int
+    teacher: Teacher
+    transformer: dict[str, Any] | None
+    scheduler_shift: float
+    data: Data
+    training: FlowMatching
+    engine: Engine
+    watch: Watch
+    evaluate: Evaluate
+
+
+@dataclass(frozen=True)
+class VaeStage:
+    """Part of the VAE's curriculum: clips of ``frames`` frames, ``batch`` of them a step."""
+
+    steps: int
+    frames: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class VaeTraining:
+    """Reconstruction (squared + absolute error) and a small KL term; losses per element on [-1, 1] pixels."""
+
+    stages: tuple[VaeStage, ...]
+    absolute_weight: float
+    kl_weight: float
+    ema_decay: float
+    optimiser: Optimiser
+
+
+@dataclass(frozen=True)
+class FinetuneVae:
+    """``vpae finetune``: train an AutoencoderKLWan from scratch."""
+
+    kind: Literal["vae"]
+    name: str
+    seed: int
+    vae: dict[str, Any]
+    source: dict[str, Any]
+    training: VaeTraining
+    engine: Engine
+    evaluate_clips: int
+
+
+Recipe = Distill | FinetuneFlow | FinetuneVae
+KINDS: dict[str, type] = {"distill": Distill, "flow_matching": FinetuneFlow, "vae": FinetuneVae}
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply ``key.sub=value`` overrides (values are YAML).
+
+    Raises:
+        UserError: no such file, bad YAML, or any key that is missing, unknown or of the wrong type.
+    """
+    path = Path(path)
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}; the ones that ship are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not valid YAML: {reason}") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} is not a recipe: its top level is {kind_of(plain)}, not a mapping of keys")
+    for text in overrides:
+        _override(plain, text)
+    return from_plain(plain, str(path))
+
+
+def from_plain(plain: dict[str, Any], where: str) -> Recipe:
+    """Build a recipe from plain YAML values; ``where`` names the file in errors."""
+    kind = plain.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{where}: key 'kind' must be one of {', '.join(KINDS)}, not {kind!r}")
+    recipe = build(KINDS[kind], plain, where, "")
+    _check(recipe, where)
+    return recipe
+
+
+def to_plain(value: Any) -> Any:
+    """Back to plain YAML values, every key in place."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; it travels with every checkpoint and export."""
+    return yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True, width=110)
+
+
+def digest(value: Any) -> str:
+    """A short hash of (part of) a recipe, by content and not by formatting."""
+    text = json.dumps(to_plain(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _override(plain: dict[str, Any], text: str) -> None:
+    key, found, value = text.partition("=")
+    if not found:
+        raise UserError(f"override {text!r} is not of the form key.sub=value")
+    *parents, last = key.strip().split(".")
+    node: Any = plain
+    for part in parents:
+        if not isinstance(node.get(part), dict):
+            raise UserError(f"override {text!r}: the recipe has no section {part!r}")
+        node[part] = dict(node[part])  # a YAML alias may stand for one mapping in two places
+        node = node[part]
+    try:
+        node[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"override {text!r}: the value is not valid YAML") from None
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What types cannot say."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(f"{where}: {message}")
+
+    engine = recipe.engine
+    for key in ("global_batch", "micro_batch", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"):
+        need(getattr(engine, key) >= 1, f"key 'engine.{key}' must be at least 1, not {getattr(engine, key)}")
+    need(
+        engine.global_batch % engine.micro_batch == 0,
+        f"engine.global_batch {engine.global_batch} is not a multiple of engine.micro_batch {engine.micro_batch}",
+    )
+    if not isinstance(recipe, Distill):
+        return
+    need(recipe.priming is not None or recipe.equilibrium is not None, "both phases are null: nothing to do")
+    if recipe.student.kind == "lora":
+        need(recipe.student.lora is not None, "student.kind is lora, so student.lora must say its rank, alpha, targets")
+    if recipe.priming is not None:
+        need(
+            recipe.priming.student_steps >= 1, "priming.student_steps must be at least 1; set priming: null to skip it"
+        )
+        need(recipe.priming.fake_per_student >= 1, "priming.fake_per_student must be at least 1")
+        need(
+            recipe.priming.score_time.low > 0, "priming.score_time.low must be above 0 (the score is infinite at t = 0)"
+        )
+    if recipe.equilibrium is not None:
+        phase = recipe.equilibrium
+        need(phase.student_steps >= 1, "equilibrium.student_steps must be at least 1; set equilibrium: null to skip it")
+        need(phase.head_per_student >= 1, "equilibrium.head_per_student must be at least 1")
+        need(
+            phase.judge_time.high < 1,
+            "equilibrium.judge_time.high must be below 1: at t = 1 the judge sees pure noise and no gradient is left",
+        )
+        need(phase.head.num_heads >= 1, "equilibrium.head.num_heads must be at least 1")
+        need(
+            phase.head.width % phase.head.num_heads == 0, "equilibrium.head.width must be a multiple of head.num_heads"
+        )

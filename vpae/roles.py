@@ -1,0 +1,164 @@
+"""Who answers with which weights: teacher, student, its EMA, fake score, judge.
+
+V-PAE's four networks are one architecture. A role is a view of a backbone: *full* roles own their weights, *LoRA* roles
+are named adapters on the teacher's frozen base. A phase never knows which it holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from vpae.backbone import Backbone, Prediction
+from vpae.conditioning import Condition
+from vpae.draws import seed_of
+from vpae.errors import UserError
+from vpae.flow import guide, x0_from_velocity
+from vpae.recipe import Lora
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network of the method.
+
+    Attributes:
+        name: teacher, student, ema, fake_score or judge.
+        backbone: shared between roles that are adapters of one base.
+        adapter: the LoRA that answers for this role; None: the backbone's own weights.
+    """
+
+    name: str
+    backbone: Backbone
+    adapter: str | None = None
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[int] = (), stop_at_last_tap: bool = False
+    ) -> Prediction:
+        return self.backbone(x_t, t, condition, taps, stop_at_last_tap, adapter=self.adapter)
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """``[B, 16, T, h, w]``."""
+        return self(x_t, t, condition).velocity
+
+    def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Clean prediction ``x_t - t v``."""
+        return x0_from_velocity(x_t, self.velocity(x_t, t, condition), t)
+
+    def guided_velocity(
+        self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, guidance_scale: float
+    ) -> Tensor:
+        """``v_null + w (v_cond - v_null)``; w = 1 costs one forward and no null branch."""
+        conditional = self.velocity(x_t, t, condition)
+        if guidance_scale == 1.0:
+            return conditional
+        return guide(conditional, self.velocity(x_t, t, null), guidance_scale)
+
+    def guided_x0(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, guidance_scale: float) -> Tensor:
+        """Clean prediction under guidance."""
+        return x0_from_velocity(x_t, self.guided_velocity(x_t, t, condition, null, guidance_scale), t)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights that are this role's own: its adapter's, or all that are no adapter's."""
+        for name, parameter in self.backbone.transformer.named_parameters():
+            owner = _adapter_of(name)
+            if owner == self.adapter:
+                yield name.replace(f".{owner}.", ".") if owner else name, parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    def requires_grad_(self, value: bool) -> Role:
+        for parameter in self.parameters():
+            parameter.requires_grad_(value)
+        return self
+
+
+def _adapter_of(parameter_name: str) -> str | None:
+    """``blocks.0.attn1.to_q.lora_A.student.weight`` belongs to ``student``."""
+    parts = parameter_name.split(".")
+    for i, part in enumerate(parts):
+        if part.startswith("lora_") and i + 1 < len(parts):
+            return parts[i + 1]
+    return None
+
+
+def add_lora(backbone: Backbone, name: str, lora: Lora, seed: int) -> Role:
+    """Put a zero-initialised LoRA called ``name`` on the backbone: at first it answers exactly as the base does.
+
+    Raises:
+        UserError: a target names no linear layer of the transformer.
+    """
+    linear = [n for n, m in backbone.transformer.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
+    known = {n.removesuffix(".base_layer") for n in linear}
+    for target in lora.targets:
+        if not any(n == target or n.endswith("." + target) for n in known):
+            names = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in known}))
+            raise UserError(f"LoRA target {target!r} names no linear layer of the transformer; known: {names}")
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights=True)
+    # peft draws from the global generator; fork it so that it is as it was, and seed the fork
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed_of(seed, "lora", name))
+        backbone.transformer.add_adapter(config, adapter_name=name)
+    role = Role(name, backbone, name)
+    backbone.transformer.requires_grad_(False)
+    return role
+
+
+def full_copy(role: Role, name: str) -> Role:
+    """A role with its own weights, equal to those of ``role`` (whose adapters, if any, are not copied).
+
+    Raises:
+        ValueError: ``role`` is an adapter.
+    """
+    if role.adapter is not None or hasattr(role.backbone.transformer, "peft_config"):
+        raise ValueError(f"a full copy is made of plain weights; {role.name} is or carries an adapter")
+    twin = Role(name, copy.deepcopy(role.backbone))
+    twin.backbone.transformer.requires_grad_(False)
+    return twin
+
+
+def copy_weights(source: Role, target: Role) -> None:
+    """Make ``target``'s own weights equal to ``source``'s (same kind of role)."""
+    pairs = dict(source.named_parameters()), dict(target.named_parameters())
+    if pairs[0].keys() != pairs[1].keys():
+        raise ValueError(f"{source.name} and {target.name} are not the same kind of role")
+    with torch.no_grad():
+        for name, parameter in pairs[1].items():
+            parameter.copy_(pairs[0][name])
+
+
+def lora_state(role: Role) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's own names.
+
+    Raises:
+        ValueError: the role is not an adapter.
+    """
+    if role.adapter is None:
+        raise ValueError(f"{role.name} is not an adapter")
+    return get_peft_model_state_dict(role.backbone.transformer, adapter_name=role.adapter)
+
+
+@torch.no_grad()
+def merge_adapter(role: Role) -> nn.Module:
+    """A copy of the transformer with the role's adapter folded into plain weights (for export)."""
+    transformer = copy.deepcopy(role.backbone.transformer)
+    if not hasattr(transformer, "peft_config"):
+        return transformer
+    if role.adapter is None:
+        transformer.unload_lora()
+        return transformer
+    transformer.set_adapter(role.adapter)
+    others = [name for name in transformer.peft_config if name != role.adapter]
+    if others:
+        transformer.delete_adapters(others)
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    return transformer

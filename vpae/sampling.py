@@ -1,0 +1,64 @@
+"""Latents from a role: the teacher's Euler sampler with guidance, the student's one-step and re-noising rule."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from vpae.conditioning import Condition
+from vpae.draws import Draws
+from vpae.errors import UserError
+from vpae.flow import FOUR_STEP_TIMES, euler_sample, renoise_sample
+from vpae.roles import Role
+
+RENOISE_TIMES = {1: (1.0,), 4: FOUR_STEP_TIMES}
+
+
+def euler_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float]:
+    """The ``steps + 1`` sigmas that diffusers' own scheduler would use."""
+    twin = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    twin.set_timesteps(steps)
+    return [float(s) for s in twin.sigmas]
+
+
+@torch.no_grad()
+def sample_latents(
+    role: Role,
+    condition: Condition,
+    null: Condition | None,
+    draws: Draws,
+    *,
+    steps: int,
+    sampler: str | None = None,
+    guidance_scale: float = 1.0,
+    scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+) -> Tensor:
+    """Sample normalised latents ``[B, 16, T, h, w]``.
+
+    Args:
+        role: whose weights.
+        null: the unconditional branch; needed for a guidance scale other than 1.
+        draws: the noise of these samples.
+        steps: evaluations of the conditional network; guidance doubles the NFE.
+        sampler: ``renoise`` (the student's rule; 1 or 4 steps) or ``euler``; by default renoise where it exists and no
+            guidance is asked for, else euler.
+        scheduler: whose shift the Euler grid has.
+
+    Raises:
+        UserError: renoise with a number of steps it has no times for.
+    """
+    sampler = sampler or ("renoise" if steps in RENOISE_TIMES and guidance_scale == 1.0 else "euler")
+    noise = draws.normal_like("sample noise", condition.latent)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return role.guided_velocity(x, t, condition, null, guidance_scale)
+
+    if sampler == "renoise":
+        if steps not in RENOISE_TIMES:
+            known = " or ".join(map(str, RENOISE_TIMES))
+            raise UserError(f"the student samples in {known} steps, not {steps}; use --sampler euler for other numbers")
+        return renoise_sample(
+            velocity, noise, RENOISE_TIMES[steps], lambda i: draws.normal_like(f"renoise {i}", condition.latent)
+        )
+    return euler_sample(velocity, noise, euler_sigmas(scheduler, steps))
