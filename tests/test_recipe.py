@@ -245,6 +245,16 @@ class TestFile:
         recipe = recipes.load(path, ("equilibrium.taps=[0, 2]", "name=a=b", "data.negative_prompt='no: balls'"))
         assert recipe.equilibrium.taps == (0, 2) and recipe.name == "a=b" and recipe.data.negative_prompt == "no: balls"
 
+    def test_words_that_yaml_1_1_takes_for_booleans_and_dates_are_words(self, path):
+        text = path.read_text()
+        assert "'on': real" in text  # as PyYAML writes it
+        path.write_text(text.replace("'on': real", "on: real").replace("name: micro", "name: 2026-02-30"))
+        recipe = recipes.load(path, ("equilibrium.r1.on=both", "engine.compile=true"))
+        assert (recipe.equilibrium.r1.on, recipe.name, recipe.engine.compile) == ("both", "2026-02-30", True)
+        assert "must be true or false, not 'yes'" in self.refusal(path, "engine.compile=yes")
+        path.write_text(recipes.dump(recipe))
+        assert recipes.load(path) == recipe
+
     @pytest.mark.parametrize(
         "override, says",
         [
@@ -254,7 +264,6 @@ class TestFile:
             ("priming.student_stepz=3", "did you mean priming.student_steps?"),
             ("seed=three", "key 'seed' must be a whole number, not 'three'"),
             ("seed=[1", "not valid YAML"),
-            ("name=2024-13-45", "not valid YAML"),
         ],
     )
     def test_overrides_that_cannot_be(self, path, override, says):
@@ -267,7 +276,8 @@ class TestFile:
             (b"- a\n- b\n", "its top level is a list, not a mapping"),
             (b"", "its top level is empty, not a mapping"),
             (b"name: \xff\xfe", "cannot read recipe"),
-            (b"when: 2024-13-45", "is not valid YAML"),
+            (b"seed: 1\nname: a\nseed: 2\n", "is not valid YAML: key 'seed' stands twice"),
+            (b"engine: {compile: true, compile: false}", "key 'compile' stands twice"),
             (b"kind: !!python/object:os.system {}", "is not valid YAML"),
         ],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,11 @@ def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
     if isinstance(recipe, Distill):
         pipeline = find_model(recipe.teacher.path)
     else:
-        pipeline = assemble(recipe, Path("outputs") / recipe.name, processes)
+        beside = Path(recipe.data.cache).with_name(Path(recipe.data.cache).name + "-encoders")
+        if processes.is_main:
+            shutil.rmtree(beside, ignore_errors=True)  # the VAE may have been trained anew
+        processes.barrier()
+        pipeline = assemble(recipe, beside, processes)
     made = prepare(recipe.data, Encoders(pipeline, processes.device), processes)
     if processes.is_main:
         print(f"cache {made.folder}: {len(made)} clips, latents {list(made.latent_shape)}, digest {made.fingerprint}")

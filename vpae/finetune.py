@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 
 from vpae import recipe as recipes
 from vpae.data.cache import prepare
-from vpae.data.encoders import Encoders, load_transformer
+from vpae.data.encoders import Encoders, load_transformer, quiet
 from vpae.data.sources import Source, open_source
 from vpae.data.tiny import write_encoders
 from vpae.draws import Draws, seed_of
@@ -43,11 +43,30 @@ def build_vae(config: dict, seed: int) -> AutoencoderKLWan:
         raise UserError(f"section 'vae' of the recipe does not make an AutoencoderKLWan: {error}") from None
 
 
+def first_vae(recipe: FinetuneVae) -> AutoencoderKLWan:
+    """The VAE that training starts from: fresh, or the one in ``init``.
+
+    Raises:
+        UserError: ``init`` holds no VAE, or one of another architecture.
+    """
+    vae = build_vae(recipe.vae, recipe.seed)
+    if recipe.init is None:
+        return vae
+    try:
+        with quiet():
+            given = AutoencoderKLWan.from_pretrained(recipe.init, use_safetensors=True, local_files_only=True)
+        vae.load_state_dict(given.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"init {recipe.init!r} is not a VAE of the recipe's architecture: {reason}") from None
+    return vae
+
+
 def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Processes) -> bool:
     """Train a VAE; at the end ``folder/vae`` is a diffusers folder with its latents' mean and std measured."""
     open_folder(folder, recipe, resume, processes)
     source = open_source(recipe.source)
-    method = VaeMethod(recipe.training, build_vae(recipe.vae, recipe.seed).to(processes.device))
+    method = VaeMethod(recipe.training, first_vae(recipe).to(processes.device))
     for stage in recipe.training.stages:
         if stage.frames % 4 != 1 or stage.batch % processes.size:
             raise UserError(

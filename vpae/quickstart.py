@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from vpae.evaluation import Sampled, clips_of, sample_clips
 from vpae.export.diffusers import export_student
 from vpae.loading import Model, load_model
 from vpae.recipe import Distill
-from vpae.report import Variant, format_table, write_comparison, write_report
+from vpae.report import Variant, format_headline, format_table, write_comparison, write_report
 from vpae.runs import RECIPE, environment, write_json
 
 _SHOWN = 8  # clips on the page
@@ -117,45 +118,50 @@ def summarise(rows: dict[str, Sampled]) -> dict[str, float]:
     """The three bars of the job: how near, how lively, how much faster."""
     teacher, student = next(iter(rows.values())), rows["student 1 NFE"]
     mine, theirs = student.scores.values, teacher.scores.values
+
+    def percent(key: str) -> float:
+        return 100 * mine[key] / theirs[key] if theirs[key] > 0 else math.nan
+
     return {
-        "student_mean_percent_of_teacher": 100 * mine["mean"] / theirs["mean"],
-        "student_dynamic_degree_percent_of_teacher": 100 * mine["dynamic_degree"] / theirs["dynamic_degree"],
+        "student_mean_percent_of_teacher": percent("mean"),
+        "student_dynamic_degree_percent_of_teacher": percent("dynamic_degree"),
         "denoiser_speedup": teacher.seconds_per_clip / student.seconds_per_clip,
     }
 
 
-def _variant(name: str, nfe: int, frames: list, scores: SetScores, seconds: float | None) -> Variant:
-    return Variant(name, nfe, frames, {**scores.values, "frechet": scores.frechet}, seconds)
+def _scores(scores: SetScores) -> dict[str, float]:
+    return {**scores.values, "frechet": scores.frechet}
 
 
 def show(
     recipe: Distill, folder: Path, clips: list[Clip], real: SetScores, rows: dict[str, Sampled], results: dict[str, Any]
 ) -> None:
     """comparison.mp4, comparison.png, report.html, and the table in the terminal."""
-    shown = clips[:_SHOWN]
-    frames = [c.frames for c in clips]
-    variants = [_variant(name, s.nfe, s.frames, s.scores, s.seconds_per_clip) for name, s in rows.items()]
-    everything = [_variant("real", 0, frames, real, None), *variants]
-    columns = [(v.name, v.frames[: len(shown)]) for v in everything if v.nfe != 4]
-    write_comparison(folder, [c.caption for c in shown], columns)
-    logs = {p: read_log(folder / p / "log.jsonl") for p in PHASES if (folder / p / "log.jsonl").is_file()}
+    captions, frames = [c.caption for c in clips[:_SHOWN]], [c.frames for c in clips[:_SHOWN]]
+    variants = [
+        Variant(name.split()[0], s.nfe, s.frames[:_SHOWN], _scores(s.scores), s.seconds_per_clip)
+        for name, s in rows.items()
+    ]
+    side_by_side = [v for v in variants if v.nfe != 4]
+    write_comparison(folder, captions, [("real", frames), *((v.label, v.frames) for v in side_by_side)])
     facts = {
         "Recipe": f"{recipe.name}, seed {recipe.seed}, {results['recipe']}",
         "Training": f"{results['seconds_training'] / 60:.1f} min",
         "Whole job": f"{results['seconds_total'] / 60:.1f} min",
         **{k: str(v) for k, v in results["environment"].items()},
+        "Resolved recipe": recipes.dump(recipe),
     }
     page = write_report(
         folder,
         title="One step: student beside teacher",
-        clips=[c.caption for c in shown],
-        real=frames[: len(shown)],
-        variants=[Variant(v.name, v.nfe, v.frames[: len(shown)], v.scores, v.seconds_per_clip) for v in variants],
-        logs=logs,
+        clips=captions,
+        real=frames,
+        variants=variants,
+        logs={p: read_log(folder / p / "log.jsonl") for p in PHASES if (folder / p / "log.jsonl").is_file()},
         facts=facts,
+        real_scores=_scores(real),
     )
-    print(format_table(everything))
-    for name, value in results["summary"].items():
-        print(f"  {name.replace('_', ' ')}: {value:.1f}")
-    print(f"  {folder / 'student'}: exported, proven (latents differ by at most {results['proof_max_error']:.1e})")
-    print(f"  {page}, {folder / 'comparison.mp4'}, {folder / 'comparison.png'}")
+    print(format_table(variants, _scores(real)))
+    print(format_headline(variants))
+    print(f"{folder / 'student'}: exported, proven (latents differ by at most {results['proof_max_error']:.1e})")
+    print(f"{page}, {folder / 'comparison.mp4'}, {folder / 'comparison.png'}")

@@ -17,7 +17,7 @@ import yaml
 
 from vpae.errors import UserError
 from vpae.flow import TimeLaw
-from vpae.strict import build, kind_of
+from vpae.strict import build, kind_of, read_yaml
 
 
 @dataclass(frozen=True)
@@ -242,11 +242,12 @@ class VaeTraining:
 
 @dataclass(frozen=True)
 class FinetuneVae:
-    """``vpae finetune``: train an AutoencoderKLWan from scratch."""
+    """``vpae finetune``: train an AutoencoderKLWan, from scratch or from the folder ``init``."""
 
     kind: Literal["vae"]
     name: str
     seed: int
+    init: str | None
     vae: dict[str, Any]
     source: dict[str, Any]
     training: VaeTraining
@@ -266,7 +267,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}; the ones that ship are in recipes/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -325,7 +326,7 @@ def _override(plain: dict[str, Any], text: str) -> None:
         node[part] = dict(node[part])  # a YAML alias may stand for one mapping in two places
         node = node[part]
     try:
-        node[last] = yaml.safe_load(value)
+        node[last] = read_yaml(value)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {text!r}: the value is not valid YAML") from None
 

@@ -101,18 +101,15 @@ class Stage:
                 p.add_(scale * torch.randn(p.shape, generator=generator_of("shake", name, key)))
 
     def listen(self):
-        by_backbone = {}
-        for name, role in self.roles.items():
-            if name != "head":
-                by_backbone.setdefault(id(role.backbone), {})[role.adapter] = name
-                hook = role.backbone.register_forward_pre_hook(
-                    lambda module, args, kwargs, key=id(role.backbone): self.calls.append(
-                        Call(by_backbone[key][kwargs["adapter"]], torch.is_grad_enabled(), *args[:3], *args[3:5])
-                    ),
-                    with_kwargs=True,
-                )
-                if list(by_backbone[id(role.backbone)]) != [role.adapter]:
-                    hook.remove()  # one ear a network is enough
+        networks = {name: role for name, role in self.roles.items() if name != "head"}
+        names = {(id(role.backbone), role.adapter): name for name, role in networks.items()}
+
+        def note(backbone, args, kwargs):
+            name = names[id(backbone), kwargs["adapter"]]
+            self.calls.append(Call(name, torch.is_grad_enabled(), *args))
+
+        for backbone in {id(role.backbone): role.backbone for role in networks.values()}.values():
+            backbone.register_forward_pre_hook(note, with_kwargs=True)
 
 
 @pytest.fixture

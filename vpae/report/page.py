@@ -70,7 +70,10 @@ def _cell(measure: Measure, value: float, mark: str) -> str:
 def _table(variants: Sequence[Variant], real: Mapping[str, float] | None) -> str:
     """A row a measure: so few columns fit a phone, and a measure has room to say what it is."""
     figures = [values for _, values in table_rows(variants, real)]
-    heads = [(v.name, f"{v.nfe} NFE", ' class="mine"' if v.name == STUDENT else "") for v in variants]
+    heads = [
+        (v.network, f"{v.nfe} NFE" if v.nfe else "clips", ' class="mine"' if v.network == STUDENT else "")
+        for v in variants
+    ]
     if real is not None:
         heads.insert(0, ("real", "clips", ""))
     head = "".join(f'<th scope="col"{mark}>{escape(name)} <span>{below}</span></th>' for name, below, mark in heads)
@@ -114,14 +117,13 @@ def _clip(label: str, mine: bool, caption: str, frames: np.ndarray, fps: float, 
 
 def _clips(captions: Sequence[str], columns: Sequence[tuple[str, bool, Sequence[np.ndarray]]], fps: float) -> str:
     """A figure a condition: its caption, and under it the clip of each column (label, whether a student's, clips)."""
-    many = " many" if len(columns) > 4 else ""
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         for i, caption in enumerate(captions):
             row = "".join(_clip(name, mine, caption, clips[i], fps, Path(folder)) for name, mine, clips in columns)
             figures.append(
                 f'<figure class="clip"><figcaption><span>{i + 1}</span>{escape(caption)}</figcaption>'
-                f'<div class="row{many}">{row}</div></figure>'
+                f'<div class="row">{row}</div></figure>'
             )
     last = max(len(clip) for _, _, clips in columns for clip in clips) - 1
     return (
@@ -180,7 +182,7 @@ def build_page(
     """The whole page as text; the arguments are those of :func:`vpae.report.write_report`."""
     style, script = _asset("style.css"), _asset("script.js")
     student, teacher = contestants(variants)
-    columns = [("real", False, real)] + [(v.label, v.name == STUDENT, v.frames) for v in variants if v.frames]
+    columns = [("real", False, real)] + [(v.label, v.network == STUDENT, v.frames) for v in variants if v.frames]
     times = "one evaluation" if student.nfe == 1 else f"{student.nfe} evaluations"
     sections = [_table(variants, real_scores)]
     if captions:

@@ -49,8 +49,9 @@ class Variant:
     """One way of making clips.
 
     Attributes:
-        name: the network; :data:`TEACHER` and :data:`STUDENT` make the headline, other names only appear.
-        nfe: network evaluations a clip.
+        name: the network, with or without " N NFE" behind it; :data:`TEACHER` and :data:`STUDENT` make the
+            headline, other names only appear.
+        nfe: network evaluations a clip, 0 for clips that no network made.
         frames: for each condition uint8 ``[F, H, W, 3]``; empty to appear in the table alone.
         scores: by the keys of :data:`SCORES`; a key left out or NaN is shown as a dash.
         seconds_per_clip: in the denoiser; None where nobody measured it.
@@ -66,8 +67,12 @@ class Variant:
         check_scores(self.label, self.scores)
 
     @property
+    def network(self) -> str:
+        return self.name.removesuffix(f" {self.nfe} NFE")
+
+    @property
     def label(self) -> str:
-        return f"{self.name} {self.nfe} NFE"
+        return f"{self.network} {self.nfe} NFE" if self.nfe else self.name
 
     def value(self, measure: Measure) -> float:
         """The figure under ``measure``, NaN where there is none."""
@@ -139,8 +144,8 @@ def contestants(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
     Raises:
         ValueError: one of the two is missing.
     """
-    students = [v for v in variants if v.name == STUDENT]
-    teachers = [v for v in variants if v.name == TEACHER]
+    students = [v for v in variants if v.network == STUDENT]
+    teachers = [v for v in variants if v.network == TEACHER]
     if not students or not teachers:
         names = ", ".join(repr(v.name) for v in variants) or "none"
         raise ValueError(f"the report compares a {STUDENT!r} with a {TEACHER!r}; got {names}")

@@ -54,7 +54,6 @@
   }, 125);
   controls.hidden = false;
   if (matchMedia("(prefers-reduced-motion: reduce)").matches) {
-    for (const video of videos) video.autoplay = false;
     pause();
   } else if (!matchMedia("(pointer: coarse)").matches) {
     play(); // browsers wait until a clip is seen; phones, with few decoders, shall keep to that

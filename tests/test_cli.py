@@ -1,0 +1,189 @@
+"""What a user meets on the command line: the whole path at micro size, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import write_recipe
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, micro_pipeline, request):
+    """A finished distillation of the micro pipeline, made once for this file."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+def _run(vpae, micro_recipe, finished):
+    if not (finished / "recipe.yaml").is_file():
+        recipe = write_recipe(micro_recipe, finished.with_suffix(".yaml"))
+        done = vpae("distill", recipe, "--output", finished)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return finished
+
+
+def _refused(done, *parts):
+    """Exit status 2, one line, no traceback, all parts named."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+def test_export_is_proven_and_samples_with_stock_diffusers(vpae, micro_recipe, finished):
+    run = _run(vpae, micro_recipe, finished)
+    done = vpae("export", run)
+    assert done.returncode == 0, done.stderr[-2000:]
+    proof = json.loads((run / "student" / "proof.json").read_text())
+    assert proof["max_error"] < 1e-4 < proof["rms"] and "equilibrium" in proof["source"]
+    assert not list((run / "student").rglob("*.bin")) and (run / "student" / "README.md").is_file()
+
+
+def test_a_broken_export_is_removed(micro_recipe, tmp_path, micro_pipeline, monkeypatch):
+    import torch
+
+    from vpae.errors import UserError
+    from vpae.export import diffusers as export
+    from vpae.loading import load_model
+
+    write = export.write_transformer
+
+    def damaged(config, weights, folder):
+        weights["proj_out.weight"] = weights["proj_out.weight"] + 0.1 * torch.ones_like(weights["proj_out.weight"])
+        write(config, weights, folder)
+
+    monkeypatch.setattr(export, "write_transformer", damaged)
+    with pytest.raises(UserError, match="does not reproduce the student"):
+        export.export_student(load_model(micro_pipeline), tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_a_lora_student_merges_the_adapter(vpae, micro_recipe, tmp_path):
+    micro_recipe["student"]["kind"], micro_recipe["equilibrium"] = "lora", None
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    assert vpae("distill", recipe, "--output", tmp_path / "run").returncode == 0
+    done = vpae("export", tmp_path / "run", "--output", tmp_path / "student")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "lora" not in (tmp_path / "student" / "transformer" / "config.json").read_text()
+
+
+def test_sample_from_a_picture_and_a_prompt(vpae, micro_recipe, finished, tmp_path):
+    run = _run(vpae, micro_recipe, finished)
+    Image.fromarray(np.full((50, 70, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
+    for more in (["--steps", 4], ["--steps", 3, "--sampler", "euler", "--guidance-scale", 2.0], ["--role", "teacher"]):
+        done = vpae(
+            "sample", run, "--image", tmp_path / "photo.jpg", "--prompt", "something never seen",
+            "--size", 32, 48, "--num-frames", 5, "--output", tmp_path / "out", *more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "000-photo.mp4").stat().st_size > 0
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def test_evaluate_writes_scores(vpae, micro_recipe, finished, tmp_path):
+    run = _run(vpae, micro_recipe, finished)
+    done = vpae("evaluate", run, "--clips", 3, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["nfe"] == 1 and scores["clips"] == 3 and 0 <= scores["values"]["sa"] <= 100
+
+
+def test_the_main_job_at_micro_size(vpae, micro_recipe, tmp_path):
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    done = vpae("quickstart", "--recipe", recipe, "--output", tmp_path / "job")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "job" / "results.json").read_text())
+    assert set(results["rows"]) == {"teacher 4 NFE", "teacher 1 NFE", "student 1 NFE", "student 4 NFE"}
+    for name in ("report.html", "comparison.mp4", "comparison.png", "student/proof.json"):
+        assert (tmp_path / "job" / name).is_file(), name
+    assert "teacher 4 NFE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["distill", "no.yaml"], ["no recipe at no.yaml"]),
+        (["sample", "nowhere"], ["nowhere", "tiny_wan"]),
+        (["export", "."], ["ema", "not one"]),
+    ],
+)
+def test_mistaken_paths(vpae, arguments, parts):
+    _refused(vpae(*arguments), *parts)
+
+
+def test_mistakes_in_a_recipe(vpae, micro_recipe, tmp_path):
+    micro_recipe["priming"]["guidence_scale"] = micro_recipe["priming"].pop("guidance_scale")
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    _refused(vpae("distill", recipe), str(recipe), "priming.guidence_scale", "did you mean priming.guidance_scale?")
+
+
+def test_a_folder_with_another_run_is_left_alone(vpae, micro_recipe, finished, tmp_path):
+    run = _run(vpae, micro_recipe, finished)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    micro_recipe["priming"]["guidance_scale"] = 3.0
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    _refused(vpae("distill", recipe, "--output", run), "priming.guidance_scale is 2.0 there and 3.0 here", "--output")
+    _refused(vpae("distill", finished.with_suffix(".yaml"), "--output", run), "--resume")
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_cache_of_another_teacher_is_refused(vpae, micro_recipe, micro_pipeline, tmp_path):
+    other = shutil.copytree(micro_pipeline, tmp_path / "other")
+    config = json.loads((other / "vae" / "config.json").read_text())
+    config["latents_std"] = [2.0] * 16
+    (other / "vae" / "config.json").write_text(json.dumps(config))
+    micro_recipe["data"]["cache"] = str(tmp_path / "cache")
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    assert vpae("cache", recipe).returncode == 0
+    _refused(
+        vpae("distill", recipe, "--output", tmp_path / "run", "--set", f"teacher.path={other}"),
+        "does not fit this recipe",
+        "encoders is",
+    )
+
+
+def test_damaged_shards_and_weights_are_named(vpae, micro_recipe, micro_pipeline, tmp_path):
+    micro_recipe["data"]["cache"] = str(tmp_path / "cache")
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    assert vpae("cache", recipe).returncode == 0
+    shard = tmp_path / "cache" / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    _refused(vpae("distill", recipe, "--output", tmp_path / "run"), "shard-00000.safetensors is missing or damaged")
+    other = shutil.copytree(micro_pipeline, tmp_path / "other")
+    (other / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"not safetensors")
+    _refused(vpae("evaluate", other, "--clips", 2), "cannot load the transformer", "other")
+
+
+def test_pickled_weights_are_never_read(vpae, micro_pipeline, tmp_path):
+    import torch
+
+    other = shutil.copytree(micro_pipeline, tmp_path / "other")
+    (other / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, other / "transformer" / "diffusion_pytorch_model.bin")
+    _refused(vpae("evaluate", other, "--clips", 2), "cannot load the transformer")
+
+
+def test_bad_clips_are_named(vpae, micro_recipe, tmp_path):
+    from vpae.data.bounce import World
+    from vpae.data.publish import export_bounce
+
+    folder = tmp_path / "clips"
+    export_bounce(World(size=32, num_frames=5), "train", 3, folder)
+    lines = (folder / "captions.jsonl").read_text().splitlines()
+    micro_recipe["data"] |= {
+        "source": {"kind": "videos", "path": str(folder), "size": [32, 32], "num_frames": 5, "fps": 8.0},
+        "cache": str(tmp_path / "cache"),
+    }
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    (folder / "captions.jsonl").write_text("\n".join([lines[0], '{"file": "' + json.loads(lines[1])["file"] + '"}']))
+    _refused(vpae("cache", recipe), "captions.jsonl", "caption")
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    second = folder / json.loads(lines[1])["file"]
+    second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
+    _refused(vpae("cache", recipe), second.name)
