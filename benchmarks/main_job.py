@@ -1,0 +1,81 @@
+"""The main job over several seeds: distil, export, compare; one JSON document, last line for machines.
+
+    python benchmarks/main_job.py recipes/quickstart.yaml --seeds 0 1 2
+    python benchmarks/main_job.py recipes/tiny_full.yaml --seeds 0 1 2
+
+Each seed is a run of its own under outputs/benchmarks/ and goes on where it stopped when the command is given again.
+Within a seed teacher and student are sampled in one process, on the same clips and noise, so their ratio is paired.
+Writes benchmarks/results/main_job_NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from vpae import recipe as recipes
+from vpae.runs import environment, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus where files differ from it."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return head + ("+" if dirty else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", dest="overrides", nargs="+", default=[])
+    arguments = parser.parse_args()
+    recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
+    runs = {}
+    for seed in arguments.seeds:
+        folder = Path("outputs/benchmarks") / f"{recipe.name}-seed{seed}"
+        command = [sys.executable, "-m", "vpae", "quickstart", "--recipe", str(arguments.recipe), "--output", str(folder)]
+        subprocess.run([*command, "--set", f"seed={seed}", *arguments.overrides], check=True)
+        runs[str(seed)] = json.loads((folder / "results.json").read_text())
+    summaries = [run["summary"] for run in runs.values()]
+    count = len(summaries)
+
+    def spread(values: list[float]) -> dict[str, float]:
+        error = float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+        return {"mean": float(np.mean(values)), "standard_error": error, "median": float(np.median(values))}
+
+    document = {
+        "benchmark": "main_job",
+        "recipe": recipe.name,
+        "recipe_digest": recipes.digest(recipe),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "seeds": arguments.seeds,
+        "summary": {key: spread([s[key] for s in summaries]) for key in summaries[0]},
+        "rows": {
+            row: {key: spread([run["rows"][row]["values"][key] for run in runs.values()]) for key in first["values"]}
+            | {"frechet": spread([run["rows"][row]["frechet"] for run in runs.values()])}
+            | {"seconds_per_clip": spread([run["rows"][row]["seconds_per_clip"] for run in runs.values()])}
+            for row, first in next(iter(runs.values()))["rows"].items()
+        },
+        "runs": runs,
+        "environment": environment(),
+    }
+    target = RESULTS / f"main_job_{recipe.name}.json"
+    write_json(target, document)
+    for key, value in document["summary"].items():
+        print(f"{key:<45}{value['mean']:10.2f} ± {value['standard_error']:.2f}")
+    print(json.dumps({k: document[k] for k in ("benchmark", "recipe", "seeds", "summary")}))
+
+
+if __name__ == "__main__":
+    main()
