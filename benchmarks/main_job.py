@@ -43,7 +43,16 @@ def main() -> None:
     runs = {}
     for seed in arguments.seeds:
         folder = Path("outputs/benchmarks") / f"{recipe.name}-seed{seed}"
-        command = [sys.executable, "-m", "vpae", "quickstart", "--recipe", str(arguments.recipe), "--output", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "vpae",
+            "quickstart",
+            "--recipe",
+            str(arguments.recipe),
+            "--output",
+            str(folder),
+        ]
         subprocess.run([*command, "--set", f"seed={seed}", *arguments.overrides], check=True)
         runs[str(seed)] = json.loads((folder / "results.json").read_text())
     summaries = [run["summary"] for run in runs.values()]

@@ -186,13 +186,13 @@ def test_a_recipe_of_no_known_kind(plain, kind):
         ("priming.score_time.low", 0.0, "the score is infinite at t = 0"),
         ("equilibrium.judge_time.high", 1.0, "judge_time.high must be below 1"),
         ("equilibrium.head.num_heads", 3, "multiple of head.num_heads"),
-        ("equilibrium.head.num_heads", 0, "head.num_heads must be at least 1"),
+        ("equilibrium.head.num_heads", 0, "'equilibrium.head.num_heads' must be at least 1"),
         ("engine.micro_batch", 3, "not a multiple of engine.micro_batch 3"),
         ("engine.micro_batch", 0, "'engine.micro_batch' must be at least 1"),
         ("engine.keep_checkpoints", 0, "at least 1"),
-        ("priming.student_steps", 0, "set priming: null to skip it"),
+        ("priming.student_steps", 0, "set the phase to null to skip it"),
         ("priming.fake_per_student", 0, "at least 1"),
-        ("equilibrium.student_steps", -1, "set equilibrium: null to skip it"),
+        ("equilibrium.student_steps", -1, "set the phase to null to skip it"),
         ("equilibrium.head_per_student", 0, "at least 1"),
         ("priming.student_time.kind", "normal", "uniform or logit_normal"),
     ],
@@ -306,6 +306,7 @@ def test_digest_goes_by_content_and_not_by_formatting(plain):
     recipe = recipes.from_plain(plain, "")
     digest = recipes.digest(recipe)
     turned = {key: plain[key] for key in reversed(plain)}
+    turned = changed(turned, "data.source", dict(reversed(plain["data"]["source"].items())))
     turned = changed(turned, "equilibrium.sds.weight", 10)  # 10 for 10.0
     turned = changed(turned, "priming.student_optimiser.learning_rate", "1e-3")
     assert recipes.digest(recipes.from_plain(turned, "elsewhere.yaml")) == digest

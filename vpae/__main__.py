@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -136,10 +137,16 @@ def _calm_libraries() -> None:
         warnings.filterwarnings("ignore", message=f".*{text}.*")
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -148,8 +155,12 @@ def main() -> None:
     _calm_libraries()
     from vpae.engine.parallel import leave
 
+    # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         finished = _dispatch(arguments)
+    except KeyboardInterrupt:
+        finished = False
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         leave(2)
@@ -159,7 +170,7 @@ def main() -> None:
         line = " ".join(a for a in sys.argv[1:] if a not in ("--resume", "--fresh"))
         more = "" if arguments.command == "quickstart" else " --resume"
         print(f"interrupted, everything is saved; go on with: vpae {line}{more}", flush=True)
-    leave(0)
+    leave(0, together=finished)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,14 @@ class AttentionBackend:
         package: The key in ``OPTIONAL_PACKAGES`` that it needs, or None where torch itself brings it.
         trains: Whether gradients pass through it.
         needs_cuda: Whether it runs on NVIDIA GPUs alone.
+        masks: Whether it takes a mask (which folded text padding needs).
     """
 
     dispatcher: str
     package: str | None = None
     trains: bool = True
     needs_cuda: bool = True
+    masks: bool = True
 
 
 _COMPILED = "pip install --no-build-isolation"
@@ -79,19 +81,19 @@ OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     "native": AttentionBackend("native", needs_cuda=False),
     "native_math": AttentionBackend("_native_math", needs_cuda=False),
-    "native_flash": AttentionBackend("_native_flash", needs_cuda=False),
+    "native_flash": AttentionBackend("_native_flash", needs_cuda=False, masks=False),
     "native_efficient": AttentionBackend("_native_efficient"),
     "native_cudnn": AttentionBackend("_native_cudnn"),
     # Runs on a CPU too, but has no backward there.
     "flex": AttentionBackend("flex"),
     "xformers": AttentionBackend("xformers", "xformers"),
-    "flash": AttentionBackend("flash", "flash_attn"),
-    "flash_hub": AttentionBackend("flash_hub", "kernels"),
-    "flash_3_hub": AttentionBackend("_flash_3_hub", "kernels"),
+    "flash": AttentionBackend("flash", "flash_attn", masks=False),
+    "flash_hub": AttentionBackend("flash_hub", "kernels", masks=False),
+    "flash_3_hub": AttentionBackend("_flash_3_hub", "kernels", masks=False),
     # diffusers wraps this one in an operator without a derivative; sage has quantised products and none either.
-    "flash_3": AttentionBackend("_flash_3", "flash_attn_3", trains=False),
-    "sage": AttentionBackend("sage", "sageattention", trains=False),
-    "sage_hub": AttentionBackend("sage_hub", "kernels", trains=False),
+    "flash_3": AttentionBackend("_flash_3", "flash_attn_3", trains=False, masks=False),
+    "sage": AttentionBackend("sage", "sageattention", trains=False, masks=False),
+    "sage_hub": AttentionBackend("sage_hub", "kernels", trains=False, masks=False),
 }
 
 
@@ -128,12 +130,13 @@ def require(name: str, purpose: str) -> ModuleType:
         ) from error
 
 
-def check_attention_backend(name: str, *, training: bool = True) -> str:
+def check_attention_backend(name: str, *, training: bool = True, masks: bool = False) -> str:
     """Makes sure that an attention kernel can run here, before any weight is read.
 
     Args:
         name: The recipe's name of it, a key of ``ATTENTION_BACKENDS``.
         training: Whether gradients must pass. Some kernels have no derivative.
+        masks: Whether it must take a mask.
 
     Returns:
         The name to hand to diffusers' ``set_attention_backend``.
@@ -147,6 +150,10 @@ def check_attention_backend(name: str, *, training: bool = True) -> str:
     if training and not backend.trains:
         raise UserError(
             f"attention: {name} has no backward and can only sample; to train choose native, flash or xformers"
+        )
+    if masks and not backend.masks:
+        raise UserError(
+            f"attention: {name} takes no mask, which fold_text_padding: true needs; set it to false, or choose native"
         )
     if backend.package is not None:
         require(backend.package, f"attention: {name}")

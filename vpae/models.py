@@ -36,7 +36,7 @@ def find_model(path: str) -> Path:
 
 def wrap(transformer: WanTransformer3DModel, teacher: Teacher, engine: Engine, processes: Processes) -> Backbone:
     """A frozen backbone on this rank's device, with the recipe's attention and checkpointing; not sharded yet."""
-    transformer.set_attention_backend(check_attention_backend(teacher.attention))
+    transformer.set_attention_backend(check_attention_backend(teacher.attention, masks=teacher.fold_text_padding))
     backbone = Backbone(transformer.to(processes.device), fold_text_padding=teacher.fold_text_padding)
     backbone.transformer.requires_grad_(False)
     if engine.checkpointing:

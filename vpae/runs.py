@@ -17,6 +17,7 @@ from vpae import __version__
 from vpae import recipe as recipes
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
+from vpae.strict import read_yaml
 
 RECIPE = "recipe.yaml"
 
@@ -48,7 +49,7 @@ def open_folder(folder: Path, recipe: recipes.Recipe, resume: bool, processes: P
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = read_yaml(path.read_text(encoding="utf-8"))
         return plain if isinstance(plain, dict) else {}
     except (OSError, yaml.YAMLError, ValueError):
         raise UserError(f"{path} is damaged; choose another --output") from None

@@ -7,6 +7,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, Union
 
 import yaml
@@ -125,3 +126,45 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if not ok:
         raise wrong
     return float(value) if hint is float else value
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": (lambda v: v > 0, "above 0"),
+    "betas": (lambda v: all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    "weight_decay": (lambda v: v >= 0, "at least 0"),
+    "warmup_steps": (lambda v: v >= 0, "at least 0"),
+    "clip_norm": (lambda v: v is None or v > 0, "above 0, or null"),
+    "rank": (lambda v: v >= 1, "at least 1"),
+    "alpha": (lambda v: v > 0, "above 0"),
+    "ema_decay": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "student_steps": (lambda v: v >= 1, "at least 1 (set the phase to null to skip it)"),
+    "text_dropout": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "guidance_scale": (lambda v: v >= 0, "at least 0"),
+    "teacher_guidance": (lambda v: v >= 0, "at least 0"),
+    "weight": (lambda v: v >= 0, "at least 0"),
+    "spatial_sigma": (lambda v: v >= 0, "at least 0"),
+    "temporal_sigma": (lambda v: v >= 0, "at least 0"),
+    "first_frame_weight": (lambda v: v > 0, "above 0"),
+} | dict.fromkeys(
+    "steps fake_per_student head_per_student frames batch clips teacher_steps width num_heads queries "
+    "global_batch micro_batch log_every sample_every samples checkpoint_every keep_checkpoints patience".split(),
+    (lambda v: v >= 1, "at least 1"),
+)
+
+
+def check_ranges(value: Any, where: str, prefix: str) -> None:
+    """Refuse a number outside the range that its key's name stands for, at any depth of a built recipe.
+
+    Raises:
+        UserError: naming the key, the range and the value.
+    """
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            check_ranges(item, where, f"{prefix}[{i}]")
+    if not dataclasses.is_dataclass(value):
+        return
+    for field in dataclasses.fields(value):
+        item, key = getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name
+        if field.name in _RANGES and not _RANGES[field.name][0](item):
+            raise UserError(f"{where}: key {key!r} must be {_RANGES[field.name][1]}, not {item}")
+        check_ranges(item, where, key)

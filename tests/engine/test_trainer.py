@@ -115,7 +115,8 @@ def test_tensorboard_holds_the_same_scalars_as_the_log(micro_recipe, tmp_path):
 
 def test_an_impossible_split_of_the_batch_is_named(micro_recipe, tmp_path):
     from vpae.engine.parallel import Processes
+    from vpae.engine.trainer import Trainer
 
-    three = Processes(0, 3, torch.device("cpu"), None)
+    trainer = make_trainer(micro_recipe, "priming", tmp_path)
     with pytest.raises(UserError, match="cannot be split over 3 ranks.*multiple of 6"):
-        make_trainer(micro_recipe, "priming", tmp_path, three)
+        Trainer(trainer.method, trainer.run, Processes(0, 3, torch.device("cpu"), None))

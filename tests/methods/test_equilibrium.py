@@ -237,6 +237,13 @@ def test_st_r1_against_its_closed_form_for_a_linear_head(build, form, on):
     real, fake, *moved = seen
     terms = 1 if form == "joint" else 2
     assert len(moved) == terms * (2 if on == "both" else 1)
+    again = w.detach().clone().requires_grad_()
+    clean, fooled, *others = ((x * again).flatten(1).sum(1) for x, _ in seen)
+    by_hand = (1 - clean).clamp(min=0).mean() + (1 + fooled).clamp(min=0).mean()
+    for i, logits in enumerate(others):
+        by_hand = by_hand + weight * ((clean if i < terms else fooled) - logits).square().mean()
+    by_hand.backward()
+    torch.testing.assert_close(w.grad, again.grad, atol=1e-4, rtol=1e-4)
     for i, (x, t) in enumerate(moved):
         base = real if i < terms else fake
         noise = x - base[0]

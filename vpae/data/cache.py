@@ -6,7 +6,11 @@ renamed when it is whole; the manifest is written last. Building again takes up 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +103,30 @@ def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
     """Open the recipe's cache; build it (all ranks together) where it is not there or not finished."""
     folder, source = Path(data.cache), open_source(data.source)
     wanted = expected(data, source, encoders)
-    if not (folder / "manifest.json").is_file():
-        _build(folder, source, encoders, data, wanted, processes)
+    with _alone(folder, processes):
+        if processes.agree([not (folder / "manifest.json").is_file()])[0]:
+            _build(folder, source, encoders, data, wanted, processes)
     return open_cache(folder, wanted)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, processes: Processes) -> Iterator[None]:
+    """Let one run at a time look at and build a cache folder; another that wants it waits."""
+    if not processes.is_main:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write the cache {folder}: {error.strerror}; name another data.cache") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that is using the cache {folder} ...", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(
@@ -109,7 +134,6 @@ def _build(
 ) -> None:
     stamp = folder / "building.json"
     if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         if stamp.is_file() and json.loads(stamp.read_text()) != wanted:
             for stale in folder.glob("shard-*"):
                 stale.unlink()
@@ -195,8 +219,6 @@ def _write_manifest(folder: Path, shards: int, encoders: Encoders, data: Data, w
 
 def sha256_of(value: Any) -> str:
     """Short content hash of a JSON value."""
-    import hashlib
-
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -87,14 +87,14 @@ def start() -> Processes:
     return Processes(rank, size, device, mesh)
 
 
-def leave(status: int) -> None:
-    """End this process. With several ranks, leave without interpreter shutdown.
+def leave(status: int, together: bool = True) -> None:
+    """End this process, after the other ranks are done too where ``together``. Several ranks skip interpreter shutdown.
 
     gloo's worker threads abort the interpreter's finalisation now and then (about 1 run in 10 on CPU), after all work
     is done; a barrier and an immediate exit avoid it.
     """
     if dist.is_initialized():
-        if status == 0:
+        if status == 0 and together:
             dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()

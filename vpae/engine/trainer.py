@@ -162,9 +162,9 @@ class Trainer:
             UserError: a loss or gradient is not finite, the watch stops the run, or the disk is full.
         """
         end = self.method.turns if until is None else min(until, self.method.turns)
+        previous = self._listen()
         tracker = Tracker(self.run.folder, self.method.turns, self.turn, self.method.name, self.processes.is_main)
         saved = self.turn if self.turn else -1
-        previous = self._listen()
         try:
             if self.turn == 0 and self.run.gallery is not None:
                 self.run.gallery(0, tracker)
