@@ -23,7 +23,16 @@ from vpae.heads import build_head
 from vpae.methods.base import Method
 from vpae.methods.equilibrium import Equilibrium
 from vpae.methods.priming import Priming
-from vpae.models import Cast, check_fit, compile_blocks, distillation_cast, fake_score, find_model, shard
+from vpae.models import (
+    Cast,
+    check_fit,
+    compile_blocks,
+    distillation_cast,
+    fake_score,
+    find_model,
+    shard,
+    weights_fingerprint,
+)
 from vpae.recipe import Distill
 from vpae.roles import Role, add_lora, copy_weights, full_copy
 from vpae.runs import open_folder
@@ -77,7 +86,7 @@ def build_phase(
         folder=folder / phase,
         settings=recipe.engine,
         seed=seed_of(recipe.seed, phase),
-        identity=identity_of(recipe, cache.fingerprint, phase),
+        identity=_identity(recipe, cache, phase),
         recipe_text=recipes.dump(recipe),
         fetch=cache.fetch,
         samples=len(cache),
@@ -86,6 +95,11 @@ def build_phase(
         gallery=gallery,
     )
     return Trainer(method, run, processes)
+
+
+def _identity(recipe: Distill, cache: Cache, phase: str) -> dict[str, Any]:
+    teacher = weights_fingerprint(find_model(recipe.teacher.path))
+    return identity_of(recipe, cache.fingerprint, phase) | {"teacher": teacher}
 
 
 def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
@@ -144,7 +158,7 @@ def hand_over(recipe: Distill, priming: Path, trainer: Trainer, cache: Cache, pr
     found = checkpoints.find(priming / "checkpoints")
     if found is None:
         raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
-    wanted = identity_of(recipe, cache.fingerprint, "priming")
+    wanted = _identity(recipe, cache, "priming")
     for key, value in wanted.items():
         if found.state["identity"].get(key) != value:
             raise UserError(f"phase I in {priming} was run with another {key}; phase II cannot go on from it")

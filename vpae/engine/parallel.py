@@ -96,7 +96,7 @@ def leave(status: int, together: bool = True) -> None:
     if dist.is_initialized():
         if status == 0 and together:
             dist.barrier()
-        dist.destroy_process_group()
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
