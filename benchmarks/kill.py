@@ -1,6 +1,6 @@
 """kill -9 at random moments: does a run end in the weights of an undisturbed one?
 
-    python benchmarks/kill.py recipes/quickstart.yaml --kills 20 --set priming.student_steps=20 equilibrium.student_steps=20
+    python benchmarks/kill.py recipes/quickstart.yaml --set priming.student_steps=20 equilibrium.student_steps=20
 
 Runs the recipe once undisturbed, then once killed again and again at uniformly random moments and resumed, and compares
 every tensor of the last checkpoints (weights, EMA, optimisers) bit for bit. Writes benchmarks/results/kill_NAME.json.

@@ -41,6 +41,11 @@ def test_export_is_proven_and_samples_with_stock_diffusers(vpae, micro_recipe, f
     proof = json.loads((run / "student" / "proof.json").read_text())
     assert proof["max_error"] < 1e-4 < proof["rms"] and "equilibrium" in proof["source"]
     assert not list((run / "student").rglob("*.bin")) and (run / "student" / "README.md").is_file()
+    done = vpae("evaluate", run / "student", "--clips", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = vpae("sample", run / "student", "--bounce", 1, "--negative-prompt", "much longer than the prompt " * 9,
+                "--guidance-scale", 2.0, "--num-frames", 5, "--output", run / "samples")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_broken_export_is_removed(micro_recipe, tmp_path, micro_pipeline, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -55,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", action="append", default=[], help="caption of the image at the same place")
     sample.add_argument("--bounce", type=int, metavar="N", help="take first frame and caption of N Bounce test clips")
     sample.add_argument("--steps", type=int, default=1, help="denoising steps (1 and 4: the student's own rule)")
-    sample.add_argument("--sampler", choices=("renoise", "euler"), help="default: renoise up to 4 steps, else euler")
+    sample.add_argument(
+        "--sampler", choices=("renoise", "euler"), help="default: renoise at 1 and 4 steps without guidance, else euler"
+    )
     sample.add_argument("--guidance-scale", type=float, default=1.0)
     sample.add_argument("--negative-prompt", default="")
     sample.add_argument("--num-frames", type=int, default=17)
@@ -110,6 +113,8 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
         from vpae.commands import cache
 
         return cache(arguments, start())
+    if arguments.command != "quickstart" and int(os.environ.get("RANK", "0")) > 0:
+        return True  # these need one process
     if arguments.command == "sample":
         from vpae.commands import sample
 
@@ -151,7 +156,10 @@ def _interrupt(number: int, frame: object) -> None:
 
 def main() -> None:
     """Exit status: 0 done or interrupted with everything saved, 2 a mistake of the user, 1 a fault of ours."""
-    arguments = build_parser().parse_args()
+    parser = build_parser()
+    arguments = parser.parse_args()
+    if getattr(arguments, "steps", 1) < 1:
+        parser.error(f"--steps must be at least 1, not {arguments.steps}")
     _calm_libraries()
     from vpae.engine.parallel import leave
 
@@ -166,8 +174,10 @@ def main() -> None:
         leave(2)
     except BrokenPipeError:
         leave(1)
+    if not finished and arguments.command not in ("finetune", "distill", "quickstart"):
+        leave(130)
     if not finished and int(os.environ.get("RANK", "0")) == 0:
-        line = " ".join(a for a in sys.argv[1:] if a not in ("--resume", "--fresh"))
+        line = shlex.join(a for a in sys.argv[1:] if a not in ("--resume", "--fresh"))
         more = "" if arguments.command == "quickstart" else " --resume"
         print(f"interrupted, everything is saved; go on with: vpae {line}{more}", flush=True)
     leave(0, together=finished)

@@ -101,7 +101,7 @@ def sample(arguments: argparse.Namespace) -> bool:
         raise UserError(f"--num-frames must be 4k + 1 (17, 81, ...), not {arguments.num_frames}")
     null_text, rows = encoders.texts([arguments.negative_prompt]), []
     for i, (name, picture, prompt) in enumerate(zip(names, pictures, prompts, strict=True)):
-        condition = encoders.condition([picture], [prompt], arguments.num_frames)
+        condition = encoders.condition([picture], [prompt], arguments.num_frames).widened(null_text.shape[1])
         latents = sample_latents(
             model.role,
             condition,

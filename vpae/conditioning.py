@@ -74,6 +74,10 @@ class Condition:
         """
         return replace(self, text=_fit(null_text, self.text.shape[1]).to(self.text).expand(len(self), -1, -1))
 
+    def widened(self, rows: int) -> Condition:
+        """The same condition with room for at least ``rows`` text rows."""
+        return replace(self, text=_fit(self.text, max(rows, self.text.shape[1])))
+
     def drop(self, null_text: Tensor, where: Tensor) -> Condition:
         """Replace the text of the samples where ``where`` ``[B]`` is true by the empty prompt."""
         return replace(self, text=torch.where(where.reshape(-1, 1, 1), self.null(null_text).text, self.text))

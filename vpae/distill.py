@@ -52,15 +52,28 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
     cache = prepare(recipe.data, encoders, processes)
     for phase in PHASES:
-        if getattr(recipe, phase) is None:
+        if getattr(recipe, phase) is None or (resume and _is_finished(recipe, phase, folder)):
             continue
+        trainer = None  # phase I's networks go before phase II's come
         trainer = build_phase(recipe, phase, folder, cache, encoders, processes)
         resumed = resume and trainer.resume()
         if phase == "equilibrium" and recipe.priming is not None and not resumed:
             hand_over(recipe, folder / "priming", trainer, cache, processes)
         if trainer.turn < trainer.method.turns and not trainer.train():
             return False
+        last = phase == "equilibrium" or recipe.equilibrium is None
+        if trainer.stop_signal is not None and not last:
+            return False
     return True
+
+
+def _is_finished(recipe: Distill, phase: str, folder: Path) -> bool:
+    """Whether a phase that need not be looked at again has taken all its turns (the last one is always built)."""
+    if phase == "equilibrium" or recipe.equilibrium is None:
+        return False
+    found = checkpoints.find(folder / phase / "checkpoints")
+    turns = recipe.priming.student_steps * (recipe.priming.fake_per_student + 1)
+    return found is not None and found.turn >= turns
 
 
 def build_phase(
@@ -104,7 +117,7 @@ def _identity(recipe: Distill, cache: Cache, phase: str) -> dict[str, Any]:
 
 def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     fake = fake_score(cast, recipe.priming.fake_lora, recipe.seed)
-    shard(cast.backbones, processes, recipe.engine.precision)
+    shard(cast.backbones, processes)
     method = Priming(recipe.priming, teacher=cast.teacher, student=cast.student, fake_score=fake, ema=cast.ema)
     return method, []
 
@@ -127,7 +140,7 @@ def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Met
         queries=settings.head.queries,
         generator=generator_of(recipe.seed, "head"),
     ).to(processes.device)
-    shard(cast.backbones, processes, recipe.engine.precision)
+    shard(cast.backbones, processes)
     shard_module(head, processes)
     method = Equilibrium(
         settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=tuple(taps)

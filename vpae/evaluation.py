@@ -75,6 +75,7 @@ def sample_clips(
     for start in tqdm(range(0, len(clips), batch), desc=label, unit="batch", leave=False):
         part = clips[start : start + batch]
         condition = encoders.condition([c.frames[0] for c in part], [c.caption for c in part], part[0].world.num_frames)
+        condition = condition.widened(null_text.shape[1])
         draws = Draws(seed_of(seed, "evaluation"), range(start, start + len(part)), encoders.device)
         null = condition.null(null_text) if guidance_scale != 1.0 else None
         started = time.perf_counter()

@@ -135,9 +135,10 @@ def _finish_vae(recipe: FinetuneVae, state: dict, source: Source, folder: Path) 
         latents_std=[round(v, 6) for v in latents.std((0, 2, 3, 4)).tolist()],
     )
     vae.save_pretrained(folder / "vae", max_shard_size="15MB")
-    test = open_source(recipe.source | {"split": "test", "count": recipe.evaluate_clips})
+    held_out = {"split": "test", "start": 0, "count": recipe.evaluate_clips}
+    test = open_source(recipe.source | held_out) if recipe.source.get("kind") == "bounce" else source
     psnr = []
-    for i in range(len(test)):
+    for i in range(min(len(test), recipe.evaluate_clips)):
         x = pixels([test[i].frames])
         error = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().mean()
         psnr.append(float(10 * torch.log10(4 / error)))
@@ -158,15 +159,17 @@ def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:
     Raises:
         UserError: ``teacher.path`` holds neither a pipeline nor a VAE.
     """
-    given = Path(recipe.teacher.path)
+    given, target = Path(recipe.teacher.path), folder / "pipeline"
     if (given / "model_index.json").is_file() and recipe.transformer is None:
-        return given
+        if processes.is_main and not (target / "model_index.json").is_file():
+            shutil.copytree(given, target, dirs_exist_ok=True)  # the given folder is never written to
+        processes.barrier()
+        return target
     if not (given / "config.json").is_file() and not (given / "vae" / "config.json").is_file():
         raise UserError(
             f"teacher.path {recipe.teacher.path!r} must be a pipeline folder, or for a model from scratch the folder "
             "of a VAE (make the tiny one with: vpae finetune recipes/tiny_vae.yaml)"
         )
-    target = folder / "pipeline"
     if processes.is_main and not (target / "model_index.json").is_file():
         target.mkdir(parents=True, exist_ok=True)
         write_encoders(target, recipe.scheduler_shift)
@@ -185,13 +188,13 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     encoders = Encoders(pipeline, processes.device)
     cache = prepare(recipe.data, encoders, processes)
     if recipe.transformer is None:
-        transformer = load_transformer(pipeline)
+        transformer = load_transformer(Path(recipe.teacher.path))
     else:
         transformer = fresh_transformer(recipe.transformer, recipe.seed)
     check_fit(transformer, cache, str(pipeline))
     student = Role("student", wrap(transformer, recipe.teacher, recipe.engine, processes))
     ema = full_copy(student, "ema")
-    shard([student.backbone, ema.backbone], processes, recipe.engine.precision)
+    shard([student.backbone, ema.backbone], processes)
     if recipe.engine.compile:
         compile_blocks([student.backbone])
     method = FlowMatching(recipe.training, student=student, ema=ema)

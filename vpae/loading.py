@@ -9,11 +9,11 @@ from vpae import recipe as recipes
 from vpae.backbone import Backbone
 from vpae.data.encoders import load_transformer
 from vpae.engine import checkpoint as checkpoints
-from vpae.engine.parallel import start
+from vpae.engine.parallel import Processes, device_of_rank
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
-from vpae.models import distillation_cast, find_model
-from vpae.recipe import Distill
+from vpae.models import distillation_cast, find_model, fresh_transformer, wrap
+from vpae.recipe import Distill, FinetuneFlow
 from vpae.roles import Role
 
 PHASES = ("equilibrium", "priming")  # the later one first
@@ -40,13 +40,20 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     Raises:
         UserError: it is neither, or has no such role or no checkpoint yet.
     """
-    if (path / recipes_file()).is_file():
+    if (path / recipes_file()).is_file() and not (path / "model_index.json").is_file():
         return _from_run(path, role or "ema", phase)
     if role not in (None, "teacher"):
         raise UserError(f"--role {role} is for run folders; {path} is not one (no {recipes_file()} in it)")
     folder = path if (path / "model_index.json").is_file() else find_model(str(path))
     transformer = load_transformer(folder)
-    return Model(Role("model", _plain_backbone(transformer)), folder, None, str(folder))
+    stored = folder / recipes_file()
+    recipe = recipes.load(stored) if stored.is_file() else None
+    return Model(Role("model", _plain_backbone(transformer)), folder, recipe, str(folder))
+
+
+def alone() -> Processes:
+    """This process by itself: what is sampled, judged or exported is loaded whole, without the other ranks."""
+    return Processes(0, 1, device_of_rank(), None)
 
 
 def recipes_file() -> str:
@@ -56,21 +63,22 @@ def recipes_file() -> str:
 
 def _plain_backbone(transformer) -> Backbone:
     transformer.set_attention_backend(check_attention_backend("native"))
-    backbone = Backbone(transformer.to(start().device))
+    backbone = Backbone(transformer.to(device_of_rank()))
     backbone.transformer.requires_grad_(False)
     return backbone
 
 
 def _from_run(run: Path, role: str, phase: str | None) -> Model:
     recipe = recipes.load(run / recipes_file())
+    if isinstance(recipe, FinetuneFlow):
+        return _from_teacher_run(run, recipe, role)
     if not isinstance(recipe, Distill):
-        pipeline = run / "pipeline"
-        if recipe.kind == "flow_matching" and (pipeline / "transformer").is_dir():
-            return load_model(pipeline)
-        raise UserError(f"{run} is a {recipe.kind} run without a finished pipeline/; finish it with --resume")
+        raise UserError(
+            f"{run} is a {recipe.kind} run: there is nothing to sample from; its result is {run / recipe.kind}"
+        )
     if role not in ("student", "ema", "teacher"):
         raise UserError(f"a distillation has the roles student, ema and teacher to sample from, not {role!r}")
-    processes = start()
+    processes = alone()
     cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, processes)
     chosen: Role = getattr(cast, role)
     pipeline = find_model(recipe.teacher.path)
@@ -83,3 +91,22 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
             checkpoints.load(found, tensors, processes)
             return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
     raise UserError(f"{run} holds no checkpoint{f' of phase {phase}' if phase else ''} yet")
+
+
+def _from_teacher_run(run: Path, recipe: FinetuneFlow, role: str) -> Model:
+    """The transformer of a flow-matching run, finished or not."""
+    if role not in ("student", "ema"):
+        raise UserError(f"a flow-matching run has the roles student and ema to sample from, not {role!r}")
+    found = checkpoints.find(run / "checkpoints")
+    if found is None:
+        raise UserError(f"{run} holds no checkpoint yet")
+    own = run / "pipeline"
+    pipeline = own if (own / "model_index.json").is_file() else Path(recipe.teacher.path)
+    if recipe.transformer is None:
+        transformer = load_transformer(pipeline)
+    else:
+        transformer = fresh_transformer(recipe.transformer, recipe.seed)
+    processes = alone()
+    chosen = Role(role, wrap(transformer, recipe.teacher, recipe.engine, processes))
+    checkpoints.load(found, {f"{role}.{key}": p.detach() for key, p in chosen.named_parameters()}, processes)
+    return Model(chosen, pipeline, recipe, f"{role} of flow matching, turn {found.turn}, {run}")

@@ -110,10 +110,10 @@ def fake_score(cast: Cast, lora: Lora, seed: int) -> Role:
     return add_lora(cast.teacher.backbone, "fake_score", lora, seed)
 
 
-def shard(backbones: list[Backbone], processes: Processes, precision: str) -> None:
+def shard(backbones: list[Backbone], processes: Processes) -> None:
     """Shard every distinct backbone."""
     for backbone in backbones:
-        shard_backbone(backbone, processes, precision)
+        shard_backbone(backbone, processes)
 
 
 def compile_blocks(backbones: list[Backbone]) -> None:

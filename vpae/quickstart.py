@@ -49,7 +49,8 @@ def quickstart(path: Path | None, overrides: tuple[str, ...], folder: Path, fres
     recipe = recipes.load(path or default_recipe(), overrides)
     if not isinstance(recipe, Distill):
         raise UserError(f"{path} is a recipe of kind {recipe.kind}; the main job distils")
-    if fresh and processes.is_main and (folder / RECIPE).is_file():
+    is_run = (folder / RECIPE).is_file() and any((folder / phase).is_dir() for phase in PHASES)
+    if fresh and processes.is_main and is_run:
         shutil.rmtree(folder)
     processes.barrier()
     if not distill(recipe, folder, True, processes):

@@ -48,11 +48,15 @@ def save(
     final = root / f"{_PREFIX}{turn:08d}"
     partial = final.with_name(final.name + _PARTIAL)
     failure = ""
-    try:
-        if processes.is_main:
+    if processes.is_main:
+        try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        processes.barrier()
+        except OSError as error:
+            failure = _reason(error)
+    if processes.agree([bool(failure)])[0]:
+        raise _unwritten(final, failure)
+    try:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.size == 1)
         processes.barrier()
@@ -70,13 +74,17 @@ def save(
         failure = _reason(error)
     if processes.agree([bool(failure)])[0]:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {final} could not be written ({failure or 'another rank failed'}); earlier checkpoints are "
-            "untouched: free some space and go on with --resume"
-        )
+        raise _unwritten(final, failure)
     if processes.is_main:
         _prune(root, keep)
     return final
+
+
+def _unwritten(final: Path, failure: str) -> UserError:
+    return UserError(
+        f"checkpoint {final} could not be written ({failure or 'another rank failed'}); earlier checkpoints are "
+        "untouched: free some space and go on with --resume"
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vpae.backbone import Backbone
@@ -62,21 +62,19 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
-    @contextlib.contextmanager
-    def main_first(self):
-        """Run the block on rank 0, then on the others."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+
+def device_of_rank() -> torch.device:
+    """The GPU of this local rank, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def start() -> Processes:
     """Join the process group that the launcher describes (gloo on CPU, NCCL on GPU), or be the only process."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = device_of_rank()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:
@@ -103,27 +101,23 @@ def leave(status: int, together: bool = True) -> None:
     sys.exit(status)
 
 
-def shard_backbone(backbone: Backbone, processes: Processes, precision: str) -> None:
-    """Shard a backbone in place, one unit a block; does nothing for a single process or when it is sharded already."""
+def shard_backbone(backbone: Backbone, processes: Processes) -> None:
+    """Shard a backbone in place, one unit a block; does nothing for a single process or when it is sharded already.
+
+    Weights are gathered in fp32 whatever the compute precision, so that one process and many compute the same.
+    """
     if processes.mesh is None or isinstance(backbone.transformer, FSDPModule):
         return
-    options = {"mesh": processes.mesh, "mp_policy": _policy(precision)}
     for block in backbone.transformer.blocks:
-        fully_shard(block, **options)
+        fully_shard(block, mesh=processes.mesh)
     # the root keeps its default (no reshard after forward): a backward that starts at a tapped feature needs it
-    fully_shard(backbone.transformer, **options)
+    fully_shard(backbone.transformer, mesh=processes.mesh)
 
 
 def shard_module(module: nn.Module, processes: Processes) -> None:
     """Shard a small module (a head) as one fp32 unit."""
     if processes.mesh is not None and not isinstance(module, FSDPModule):
         fully_shard(module, mesh=processes.mesh)
-
-
-def _policy(precision: str) -> MixedPrecisionPolicy:
-    if precision == "bf16":
-        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    return MixedPrecisionPolicy()
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:

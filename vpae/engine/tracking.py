@@ -13,6 +13,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vpae.data.files import atomic
+
 
 class Tracker:
     """Rank 0's diary of one phase; on other ranks every call does nothing.
@@ -94,7 +96,8 @@ def _keep_until(path: Path, first: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_log(path) if record["turn"] < first]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    with atomic(path) as draft:
+        draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def read_log(path: Path) -> list[dict]:

@@ -19,7 +19,7 @@ from vpae.engine import optim
 from vpae.engine.parallel import Processes, autocast, reshard
 from vpae.engine.stream import Stream
 from vpae.engine.tracking import Tracker
-from vpae.engine.watch import Watch, vital_signs
+from vpae.engine.watch import Collapse, Watch, vital_signs
 from vpae.errors import UserError
 from vpae.methods.base import Batch, Method, Player
 from vpae.recipe import Engine
@@ -131,9 +131,10 @@ class Trainer:
         reshard(self.run.modules)
         checkpoints.load(found, self.tensors(), self.processes)
         self.turn, self.steps = found.turn, dict(found.state["steps"])
-        for name, optimiser in self.optimisers.items():
-            for state in optimiser.state.values():
-                state["step"].fill_(self.steps[name])
+        for name, player in self.method.players.items():
+            late = found.state["late_parameters"][name]
+            for key, parameter in player.parameters.items():
+                self.optimisers[name].state[parameter]["step"].fill_(late.get(key, self.steps[name]))
         if self.run.watch is not None:
             self.run.watch.broken = dict(found.state["watch"])
         return True
@@ -143,6 +144,7 @@ class Trainer:
         reshard(self.run.modules)
         state = {
             "steps": self.steps,
+            "late_parameters": {name: self._late_parameters(name) for name in self.method.players},
             "identity": self.run.identity,
             "seed": self.run.seed,
             "position": self.turn * self.run.settings.global_batch,
@@ -152,6 +154,12 @@ class Trainer:
         }
         keep = self.run.settings.keep_checkpoints
         return checkpoints.save(self.checkpoint_root, self.turn, self.tensors(), state, self.processes, keep)
+
+    def _late_parameters(self, name: str) -> dict[str, int]:
+        """Adam's own step count of the parameters that some turns gave no gradient, and that it therefore left alone."""
+        state = self.optimisers[name].state
+        counts = {key: int(state[p]["step"]) for key, p in self.method.players[name].parameters.items()}
+        return {key: count for key, count in counts.items() if count != self.steps[name]}
 
     def train(self, until: int | None = None) -> bool:
         """Take turns to the end (or to turn ``until``); True if the end was reached.
@@ -178,6 +186,9 @@ class Trainer:
                     saved = self.turn
             if saved != self.turn:
                 self.save()
+        except Collapse:
+            self.save()
+            raise
         finally:
             tracker.close()
             for number, handler in previous.items():

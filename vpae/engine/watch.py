@@ -49,6 +49,10 @@ def vital_signs(student: Tensor, real: Tensor) -> dict[str, Tensor]:
     }
 
 
+class Collapse(UserError):
+    """The watch stopped the run; the state it stopped in is checkpointed."""
+
+
 @dataclass
 class Watch:
     """Judges vital signs against the recipe's limits; speaks when a limit is broken ``patience`` times running."""
@@ -60,7 +64,7 @@ class Watch:
         """Take the signs of student step ``step``; returns the alarms raised now.
 
         Raises:
-            UserError: an alarm, where the recipe says ``action: stop``.
+            Collapse: an alarm, where the recipe says ``action: stop``.
         """
         limits = self.limits
         if step < limits.after_steps:
@@ -86,9 +90,7 @@ class Watch:
             if self.broken[key] == limits.patience:
                 alarms.append(f"watch: step {step}, {sign} {signs[sign]:.3g}: {meaning}")
         if alarms and limits.action == "stop":
-            raise UserError(
-                f"{alarms[0]}; stopped because watch.action is stop (lower the learning rate, or warn only)"
-            )
+            raise Collapse(f"{alarms[0]}; stopped because watch.action is stop (lower the learning rate, or warn only)")
         return alarms
 
     def state(self) -> dict[str, int]:

@@ -73,7 +73,9 @@ class Equilibrium:
     def logits(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """``D(x_t) [B]``: the judge's tapped blocks, read by the head."""
         prediction = self.judge(x_t, t, condition, self.taps, stop_at_last_tap=True)
-        return self.head(prediction.features, prediction.grid, condition.image, condition.text, condition.text_mask)
+        # the hinge's margin and ST-R1's small differences drown in bf16's 8 bits, so the head computes in fp32
+        with torch.autocast(x_t.device.type, enabled=False):
+            return self.head(prediction.features, prediction.grid, condition.image, condition.text, condition.text_mask)
 
     def loss(self, player: str, batch: Batch) -> Outcome:
         return self._head_loss(batch) if player == "head" else self._student_loss(batch)

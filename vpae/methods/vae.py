@@ -35,7 +35,8 @@ class Autoencoder(nn.Module):
         """Reconstruction ``[B, 3, F, H, W]`` and KL per latent element (a scalar)."""
         posterior = self.vae.encode(frames.pixels).latent_dist
         latents = posterior.mean + posterior.std * frames.draws.normal_like("posterior", posterior.mean)
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        # diffusers sums channels, frames and rows and leaves columns
+        kl = posterior.kl().flatten(1).sum(1).mean() / posterior.mean[0].numel()
         return self.vae.decode(latents).sample, kl
 
 

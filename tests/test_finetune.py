@@ -1,0 +1,81 @@
+"""Making a teacher: the VAE and the transformer, from scratch, at micro size, through the command line."""
+
+from __future__ import annotations
+
+import json
+
+from conftest import MICRO_TRANSFORMER, MICRO_VAE
+from helpers import differing, read_tensors, write_recipe
+
+
+def _vae_recipe(micro_recipe):
+    optimiser = micro_recipe["priming"]["student_optimiser"] | {"schedule": "cosine"}
+    source = micro_recipe["data"]["source"]
+    stages = [{"steps": 2, "frames": 1, "batch": 2}, {"steps": 2, "frames": 5, "batch": 1}]
+    training = {"stages": stages, "absolute_weight": 0.1, "kl_weight": 1e-4, "ema_decay": 0.9, "optimiser": optimiser}
+    return {
+        "kind": "vae",
+        "name": "micro_vae",
+        "seed": 0,
+        "init": None,
+        "vae": MICRO_VAE,
+        "source": source,
+        "training": training,
+        "engine": micro_recipe["engine"] | {"global_batch": 2, "micro_batch": 2, "checkpoint_every": 3},
+        "evaluate_clips": 2,
+    }
+
+
+def _teacher_recipe(micro_recipe, vae, cache):
+    law = micro_recipe["priming"]["fake_time"]
+    optimiser = micro_recipe["priming"]["student_optimiser"]
+    training = {"steps": 4, "time": law, "text_dropout": 0.5, "ema_decay": 0.9, "optimiser": optimiser}
+    return {
+        "kind": "flow_matching",
+        "name": "micro_teacher",
+        "seed": 0,
+        "teacher": micro_recipe["teacher"] | {"path": str(vae)},
+        "transformer": MICRO_TRANSFORMER,
+        "scheduler_shift": 3.0,
+        "data": micro_recipe["data"] | {"cache": str(cache)},
+        "training": training,
+        "engine": micro_recipe["engine"] | {"checkpoint_every": 2},
+        "watch": micro_recipe["watch"],
+        "evaluate": micro_recipe["evaluate"],
+    }
+
+
+def test_vae_then_teacher_then_a_pipeline_that_samples(vpae, micro_recipe, tmp_path):
+    recipe = write_recipe(_vae_recipe(micro_recipe), tmp_path / "vae.yaml")
+    done = vpae("finetune", recipe, "--output", tmp_path / "vae")
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "vae" / "evaluation.json").read_text())
+    config = json.loads((tmp_path / "vae" / "vae" / "config.json").read_text())
+    assert report["clips"] == 2 and len(config["latents_mean"]) == 16 and all(s > 0 for s in config["latents_std"])
+    recipe = write_recipe(_teacher_recipe(micro_recipe, tmp_path / "vae" / "vae", tmp_path / "c"), tmp_path / "t.yaml")
+    done = vpae("finetune", recipe, "--output", tmp_path / "teacher")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for model in (tmp_path / "teacher" / "pipeline", tmp_path / "teacher"):
+        done = vpae("evaluate", model, "--clips", 2, "--steps", 2, "--guidance-scale", 2.0, "--sampler", "euler")
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert sum(f.suffix == ".safetensors" for f in (tmp_path / "teacher" / "pipeline").rglob("*")) == 4
+
+
+def test_vae_training_resumes_exactly_inside_its_curriculum(micro_recipe, tmp_path):
+    from vpae import recipe as recipes
+    from vpae.engine.parallel import start
+    from vpae.engine.trainer import Trainer
+    from vpae.finetune import finetune
+
+    recipe = recipes.from_plain(_vae_recipe(micro_recipe), "test")
+    assert finetune(recipe, tmp_path / "whole", False, start())
+    train, stop = Trainer.train, {"until": 1}
+    Trainer.train = lambda self, until=None: train(self, until=stop["until"])
+    try:
+        assert not finetune(recipe, tmp_path / "parts", False, start())
+        stop["until"] = 3
+        assert not finetune(recipe, tmp_path / "parts", True, start())
+    finally:
+        Trainer.train = train
+    assert finetune(recipe, tmp_path / "parts", True, start())
+    assert differing(read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "parts")) == []
