@@ -156,7 +156,7 @@ class Trainer:
         return checkpoints.save(self.checkpoint_root, self.turn, self.tensors(), state, self.processes, keep)
 
     def _late_parameters(self, name: str) -> dict[str, int]:
-        """Adam's own step count of the parameters that some turns gave no gradient, and that it therefore left alone."""
+        """Adam's own step count of the parameters that some turns gave no gradient and that it left alone."""
         state = self.optimisers[name].state
         counts = {key: int(state[p]["step"]) for key, p in self.method.players[name].parameters.items()}
         return {key: count for key, count in counts.items() if count != self.steps[name]}
