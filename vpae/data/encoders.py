@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from PIL import Image
 from torch import Tensor
 
@@ -139,14 +138,10 @@ class Encoders:
     @torch.no_grad()
     def texts(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """umT5 tokens ``[B, L, D]``, zero after each prompt's end; L is the longest prompt unless given."""
-        cleaned = [prompt_clean(prompt) for prompt in prompts]
-        counted = self.pipeline.tokenizer(cleaned, truncation=True, max_length=TEXT_LENGTH)["input_ids"]
-        # padding is masked in the encoder and cut off behind it: encoding no more of it than needed says the same
-        most = max(len(ids) for ids in counted)
         parts = []
         for start in range(0, len(prompts), 16):
             encoded, _ = self.pipeline.encode_prompt(
-                list(prompts[start : start + 16]), do_classifier_free_guidance=False, max_sequence_length=most
+                list(prompts[start : start + 16]), do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
             )
             parts.append(encoded)
         text = torch.cat(parts)
