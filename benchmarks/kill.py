@@ -1,6 +1,9 @@
 """kill -9 at random moments: does a run end in the weights of an undisturbed one?
 
-    python benchmarks/kill.py recipes/quickstart.yaml --set priming.student_steps=20 equilibrium.student_steps=20
+    python benchmarks/kill.py recipes/quickstart.yaml \\
+        --set priming.student_steps=20 equilibrium.student_steps=40 engine.checkpoint_every=7
+
+``checkpoint_every`` is small so that kills fall between checkpoints of both phases.
 
 Runs the recipe once undisturbed, then once killed again and again at uniformly random moments and resumed, and compares
 every tensor of the last checkpoints (weights, EMA, optimisers) bit for bit. Writes benchmarks/results/kill_NAME.json.
@@ -67,7 +70,7 @@ def main() -> None:
     started = time.monotonic()
     subprocess.run(command(root / "undisturbed"), check=True)
     took, generator, moments = time.monotonic() - started, random.Random(arguments.seed), []
-    for kill in range(arguments.kills):
+    while len(moments) < arguments.kills:
         run = subprocess.Popen(command(root / "killed"))
         moment = generator.uniform(0, took)
         try:
@@ -76,7 +79,11 @@ def main() -> None:
             run.kill()
             run.wait()
             moments.append(round(moment, 2))
-        print(f"kill {kill + 1} of {arguments.kills} after {moment:.1f} s", flush=True)
+            print(f"kill {len(moments)} of {arguments.kills} after {moment:.1f} s", flush=True)
+            continue
+        shutil.rmtree(
+            root / "killed"
+        )  # it finished between kills: start over, so that every kill hits a running process
     subprocess.run(command(root / "killed"), check=True)
     names = differing(root / "undisturbed", root / "killed")
     document = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from vpae.conditioning import Condition
@@ -15,9 +15,20 @@ from vpae.roles import Role
 RENOISE_TIMES = {1: (1.0,), 4: FOUR_STEP_TIMES}
 
 
-def euler_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float]:
-    """The ``steps + 1`` sigmas that diffusers' own scheduler would use."""
-    twin = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+def euler_scheduler(scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteScheduler:
+    """The flow-matching Euler scheduler of the same shift.
+
+    Wan2.1's released folders carry UniPC, which calls its shift ``flow_shift`` and starts just below sigma = 1; a
+    one-step student needs the grid [1, 0] exactly.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    return FlowMatchEulerDiscreteScheduler(shift=float(scheduler.config.get("flow_shift") or 1.0))
+
+
+def euler_sigmas(scheduler: SchedulerMixin, steps: int) -> list[float]:
+    """The ``steps + 1`` sigmas that diffusers' own Euler scheduler would use."""
+    twin = euler_scheduler(scheduler)
     twin.set_timesteps(steps)
     return [float(s) for s in twin.sigmas]
 
@@ -32,7 +43,7 @@ def sample_latents(
     steps: int,
     sampler: str | None = None,
     guidance_scale: float = 1.0,
-    scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+    scheduler: SchedulerMixin | None = None,
 ) -> Tensor:
     """Sample normalised latents ``[B, 16, T, h, w]``.
 

@@ -89,6 +89,7 @@ class Trainer:
         self.optimisers = {name: optim.build_optimiser(player) for name, player in method.players.items()}
         self.steps = dict.fromkeys(method.players, 0)
         self.turn = 0
+        self.seconds = 0.0  # spent in turns, over all calls of this run
         self.stream = Stream(run.samples, run.seed)
         self.stop_signal: str | None = None
         self.gathered: dict[str, _Gathered] = {}
@@ -131,6 +132,7 @@ class Trainer:
         reshard(self.run.modules)
         checkpoints.load(found, self.tensors(), self.processes)
         self.turn, self.steps = found.turn, dict(found.state["steps"])
+        self.seconds = float(found.state["seconds"])
         for name, player in self.method.players.items():
             late = found.state["late_parameters"][name]
             for key, parameter in player.parameters.items():
@@ -144,6 +146,7 @@ class Trainer:
         reshard(self.run.modules)
         state = {
             "steps": self.steps,
+            "seconds": round(self.seconds, 3),
             "late_parameters": {name: self._late_parameters(name) for name in self.method.players},
             "identity": self.run.identity,
             "seed": self.run.seed,
@@ -236,6 +239,7 @@ class Trainer:
                 gathered.add({f"watch/{k}": v for k, v in vital_signs(outcome.student_x0, batch.x0).items()})
         norm = self._step(player, finite)
         gathered.add({"gradient_norm": norm})
+        self.seconds += time.perf_counter() - started
         gathered.add({"seconds": torch.tensor(time.perf_counter() - started)})
         self.steps[name] += 1
         self.turn += 1

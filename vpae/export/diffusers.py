@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from PIL import Image
 
 from vpae import recipe as recipes
 from vpae.data.bounce import World, make_clip
-from vpae.data.encoders import Encoders, load_pipeline
+from vpae.data.encoders import PARTS, Encoders, load_pipeline
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import reshard
 from vpae.errors import UserError
@@ -22,10 +23,10 @@ from vpae.export.folder import write_transformer
 from vpae.loading import Model
 from vpae.roles import merge_adapter
 from vpae.runs import environment, sha256, write_json, write_text
-from vpae.sampling import sample_latents
+from vpae.sampling import euler_scheduler, sample_latents
 
 TOLERANCE = 1e-3  # of latents of unit variance: fp32 round-off over all blocks is about 1e-5, a wrong weight above 1e-1
-_COPIED = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
+_COPIED = tuple(part for part in PARTS if part != "scheduler")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = 
     write_transformer(transformer.config, weights, partial)
     for part in _COPIED:
         shutil.copytree(model.pipeline / part, partial / part)
-    shutil.copy(model.pipeline / "model_index.json", partial / "model_index.json")
+    euler_scheduler(load_pipeline(model.pipeline, transformer=False).scheduler).save_pretrained(partial / "scheduler")
+    index = json.loads((model.pipeline / "model_index.json").read_text(encoding="utf-8"))
+    write_json(partial / "model_index.json", index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]})
     proof = prove(model, partial)
     if proof.max_error > TOLERANCE:
         shutil.rmtree(partial)

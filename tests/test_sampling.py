@@ -1,0 +1,49 @@
+"""Grids of the teacher's sampler, whatever scheduler its folder carries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from vpae.sampling import euler_scheduler, euler_sigmas
+
+
+def _unipc(shift):
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
+    )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_unipc_keeps_its_shift(shift):
+    expected = FlowMatchEulerDiscreteScheduler(shift=shift)
+    expected.set_timesteps(8)
+    assert euler_sigmas(_unipc(shift), 8) == pytest.approx(expected.sigmas.tolist())
+
+
+def test_one_step_is_exactly_from_one_to_zero():
+    for scheduler in (_unipc(5.0), FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        assert euler_sigmas(scheduler, 1) == [1.0, 0.0]
+        assert isinstance(euler_scheduler(scheduler), FlowMatchEulerDiscreteScheduler)
+
+
+def test_a_teacher_folder_with_unipc_exports_a_student_with_euler(micro_pipeline, tmp_path):
+    from vpae.export.diffusers import export_student
+    from vpae.loading import load_model
+
+    folder = shutil.copytree(micro_pipeline, tmp_path / "wan")
+    shutil.rmtree(folder / "scheduler")
+    _unipc(5.0).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]})
+    )
+    torch.set_num_threads(1)
+    proof = export_student(load_model(folder), tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text())
+    assert proof.max_error < 1e-4
+    assert config["_class_name"] == "FlowMatchEulerDiscreteScheduler" and config["shift"] == 5.0
