@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vpae import recipe as recipes
-from vpae.data.bounce import World
 from vpae.data.cache import prepare
 from vpae.data.encoders import Encoders
 from vpae.data.look import contact_sheet
@@ -21,17 +20,11 @@ from vpae.errors import UserError
 from vpae.evaluation import clips_of, sample_clips
 from vpae.export.diffusers import export_student
 from vpae.finetune import assemble
-from vpae.loading import Model, load_model
+from vpae.loading import load_model
 from vpae.models import find_model
 from vpae.recipe import Distill, FinetuneVae
 from vpae.runs import environment, write_json
 from vpae.sampling import sample_latents
-
-
-def world_of(model: Model) -> World:
-    """The Bounce world a model was trained on, its default for a plain pipeline folder."""
-    source = getattr(getattr(model.recipe, "data", None), "source", {})
-    return World.from_dict(source.get("world", {})) if source.get("kind") == "bounce" else World()
 
 
 def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
@@ -85,7 +78,7 @@ def sample(arguments: argparse.Namespace) -> bool:
     model = load_model(arguments.model, arguments.role)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
     if arguments.bounce:
-        clips = clips_of(world_of(model), "test", arguments.bounce)
+        clips = clips_of(model.world, "test", arguments.bounce)
         pictures, prompts = [c.frames[0] for c in clips], [c.caption for c in clips]
         names = [c.name for c in clips]
     else:
@@ -126,7 +119,7 @@ def evaluate(arguments: argparse.Namespace) -> bool:
     """Judge a model on Bounce clips."""
     model = load_model(arguments.model, arguments.role)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
-    clips = clips_of(world_of(model), arguments.split, arguments.clips)
+    clips = clips_of(model.world, arguments.split, arguments.clips)
     sampled = sample_clips(
         model.role,
         encoders,

@@ -113,8 +113,8 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, si
         sigmas: N + 1 times for N evaluations, starting at 1.
     """
     x = noise
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = x + (after - now) * velocity(x, x.new_full((len(x),), now))
+    for here, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = x + (after - here) * velocity(x, x.new_full((len(x),), here))
     return x
 
 

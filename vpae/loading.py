@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vpae import recipe as recipes
 from vpae.backbone import Backbone
+from vpae.data.bounce import World
 from vpae.data.encoders import load_transformer
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes, device_of_rank
@@ -15,6 +16,7 @@ from vpae.extras import check_attention_backend
 from vpae.models import distillation_cast, find_model, fresh_transformer, wrap
 from vpae.recipe import Distill, FinetuneFlow
 from vpae.roles import Role
+from vpae.runs import RECIPE
 
 PHASES = ("equilibrium", "priming")  # the later one first
 
@@ -33,6 +35,12 @@ class Model:
     recipe: recipes.Recipe | None
     source: str
 
+    @property
+    def world(self) -> World:
+        """The Bounce world it was trained on; the default one where that is unknown or other data."""
+        source = getattr(getattr(self.recipe, "data", None), "source", {})
+        return World.from_dict(source.get("world", {})) if source.get("kind") == "bounce" else World()
+
 
 def load_model(path: Path, role: str | None = None, phase: str | None = None) -> Model:
     """Load a pipeline folder, an asset's name, or a role of a run folder (default: ``ema``, the weights that ship).
@@ -40,13 +48,13 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     Raises:
         UserError: it is neither, or has no such role or no checkpoint yet.
     """
-    if (path / recipes_file()).is_file() and not (path / "model_index.json").is_file():
+    if (path / RECIPE).is_file() and not (path / "model_index.json").is_file():
         return _from_run(path, role or "ema", phase)
     if role not in (None, "teacher"):
-        raise UserError(f"--role {role} is for run folders; {path} is not one (no {recipes_file()} in it)")
+        raise UserError(f"--role {role} is for run folders; {path} is not one (no {RECIPE} in it)")
     folder = path if (path / "model_index.json").is_file() else find_model(str(path))
     transformer = load_transformer(folder)
-    stored = folder / recipes_file()
+    stored = folder / RECIPE
     recipe = recipes.load(stored) if stored.is_file() else None
     return Model(Role("model", _plain_backbone(transformer)), folder, recipe, str(folder))
 
@@ -54,11 +62,6 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
 def alone() -> Processes:
     """This process by itself: what is sampled, judged or exported is loaded whole, without the other ranks."""
     return Processes(0, 1, device_of_rank(), None)
-
-
-def recipes_file() -> str:
-    """Name of the resolved recipe in a run folder."""
-    return "recipe.yaml"
 
 
 def _plain_backbone(transformer) -> Backbone:
@@ -69,7 +72,7 @@ def _plain_backbone(transformer) -> Backbone:
 
 
 def _from_run(run: Path, role: str, phase: str | None) -> Model:
-    recipe = recipes.load(run / recipes_file())
+    recipe = recipes.load(run / RECIPE)
     if isinstance(recipe, FinetuneFlow):
         return _from_teacher_run(run, recipe, role)
     if not isinstance(recipe, Distill):

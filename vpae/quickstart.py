@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vpae import recipe as recipes
-from vpae.commands import world_of
 from vpae.data.bounce import Clip
 from vpae.data.encoders import Encoders
 from vpae.data.judge import SetScores, judge_set
@@ -72,7 +71,7 @@ def compare(recipe: Distill, folder: Path, started: float) -> dict[str, Any]:
     """Export the student, judge it beside its teacher, write results, comparison and report."""
     student, teacher = load_model(folder), load_model(folder, "teacher")
     encoders = Encoders(student.pipeline, student.role.backbone.transformer.device)
-    clips = clips_of(world_of(student), "test", recipe.evaluate.clips)
+    clips = clips_of(student.world, "test", recipe.evaluate.clips)
     rows = judge_rows(recipe, student, teacher, encoders, clips)
     real = judge_set([c.frames for c in clips], clips)
     summary = summarise(rows)

@@ -15,6 +15,7 @@ import yaml
 
 from vpae import __version__
 from vpae import recipe as recipes
+from vpae.data.files import atomic
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.strict import read_yaml
@@ -73,12 +74,8 @@ def _difference(old: Any, new: Any, prefix: str = "") -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

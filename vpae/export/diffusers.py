@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vpae import recipe as recipes
-from vpae.data.bounce import World, make_clip
+from vpae.data.bounce import make_clip
 from vpae.data.encoders import PARTS, Encoders, load_pipeline
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import reshard
@@ -88,23 +88,17 @@ def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = 
     )
     if model.recipe is not None:
         write_text(partial / "recipe.yaml", recipes.dump(model.recipe))
-    write_text(partial / "README.md", model_card(model, _world(model), metrics))
+    write_text(partial / "README.md", model_card(model, model.world, metrics))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return proof
-
-
-def _world(model: Model) -> World:
-    """The Bounce world of the run; its default where the run was on other data."""
-    source = getattr(getattr(model.recipe, "data", None), "source", {})
-    return World.from_dict(source.get("world", {})) if source.get("kind") == "bounce" else World()
 
 
 @torch.no_grad()
 def prove(model: Model, folder: Path) -> Proof:
     """Call the reloaded pipeline as a user would and compare with our sampler on the same noise."""
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
-    clip = make_clip(_world(model), "test", 0)
+    clip = make_clip(model.world, "test", 0)
     condition = encoders.condition([clip.frames[0]], [clip.caption], clip.world.num_frames)
     draws = Draws(seed_of("proof"), [0], encoders.device)
     ours = sample_latents(model.role, condition, None, draws, steps=1)
