@@ -131,6 +131,7 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
                 "negative_prompt": "",
             },
             "student": {"kind": "full", "lora": _LORA},
+            "priming_run": None,
             "priming": phase_one,
             "equilibrium": phase_two,
             "engine": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import shlex
@@ -174,6 +175,16 @@ def main() -> None:
         leave(2)
     except BrokenPipeError:
         leave(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: no space left on the disk{where}; free some, what is written is whole, then go on with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(2)
     if not finished and arguments.command not in ("finetune", "distill", "quickstart"):
         leave(130)
     if not finished and int(os.environ.get("RANK", "0")) == 0:

@@ -36,9 +36,8 @@ def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
         pipeline = find_model(recipe.teacher.path)
     else:
         beside = Path(recipe.data.cache).with_name(Path(recipe.data.cache).name + "-encoders")
-        if processes.is_main:
-            shutil.rmtree(beside, ignore_errors=True)  # the VAE may have been trained anew
-        processes.barrier()
+        # the VAE may have been trained anew
+        processes.together(lambda: shutil.rmtree(beside, ignore_errors=True), main_only=True)
         pipeline = assemble(recipe, beside, processes)
     made = prepare(recipe.data, Encoders(pipeline, processes.device), processes)
     if processes.is_main:

@@ -35,7 +35,7 @@ from vpae.models import (
 )
 from vpae.recipe import Distill
 from vpae.roles import Role, add_lora, copy_weights, full_copy
-from vpae.runs import open_folder
+from vpae.runs import first_difference, open_folder
 
 PHASES = ("priming", "equilibrium")
 
@@ -57,8 +57,11 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
         trainer = None  # phase I's networks go before phase II's come
         trainer = build_phase(recipe, phase, folder, cache, encoders, processes)
         resumed = resume and trainer.resume()
-        if phase == "equilibrium" and recipe.priming is not None and not resumed:
-            hand_over(recipe, folder / "priming", trainer, cache, processes)
+        if phase == "equilibrium" and not resumed:
+            if recipe.priming is not None:
+                hand_over(recipe, folder, trainer, cache.fingerprint, processes)
+            elif recipe.priming_run is not None:
+                hand_over(recipe, Path(recipe.priming_run), trainer, None, processes)
         if trainer.turn < trainer.method.turns and not trainer.train():
             return False
         last = phase == "equilibrium" or recipe.equilibrium is None
@@ -72,8 +75,7 @@ def _is_finished(recipe: Distill, phase: str, folder: Path) -> bool:
     if phase == "equilibrium" or recipe.equilibrium is None:
         return False
     found = checkpoints.find(folder / phase / "checkpoints")
-    turns = recipe.priming.student_steps * (recipe.priming.fake_per_student + 1)
-    return found is not None and found.turn >= turns
+    return found is not None and found.turn >= found.state["turns"]
 
 
 def build_phase(
@@ -99,7 +101,7 @@ def build_phase(
         folder=folder / phase,
         settings=recipe.engine,
         seed=seed_of(recipe.seed, phase),
-        identity=_identity(recipe, cache, phase),
+        identity=_identity(recipe, cache.fingerprint, phase),
         recipe_text=recipes.dump(recipe),
         fetch=cache.fetch,
         samples=len(cache),
@@ -110,9 +112,14 @@ def build_phase(
     return Trainer(method, run, processes)
 
 
-def _identity(recipe: Distill, cache: Cache, phase: str) -> dict[str, Any]:
-    teacher = weights_fingerprint(find_model(recipe.teacher.path))
-    return identity_of(recipe, cache.fingerprint, phase) | {"teacher": teacher}
+def _identity(recipe: Distill, data: str, phase: str) -> dict[str, Any]:
+    """Phase I does not depend on what comes after it, phase II depends on what it starts from."""
+    identity = identity_of(recipe, data, phase)
+    if phase == "priming":
+        del identity["equilibrium"], identity["priming_run"]
+    identity["teacher"] = {**identity["teacher"], "weights": weights_fingerprint(find_model(recipe.teacher.path))}
+    del identity["teacher"]["path"]
+    return identity
 
 
 def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
@@ -162,22 +169,31 @@ def _judge(recipe: Distill, cast: Cast) -> Role:
     return judge
 
 
-def hand_over(recipe: Distill, priming: Path, trainer: Trainer, cache: Cache, processes: Processes) -> None:
+def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, processes: Processes) -> None:
     """Start phase II from the EMA of phase I: student and EMA (and so the unified judge) get its weights.
 
+    Args:
+        run: folder of the run that holds phase I.
+        data: fingerprint of the cache that phase I must have seen, and with it the whole recipe that it must have been
+            run with; None: another run's phase I, which needs the same teacher and the same kind of student alone.
+
     Raises:
-        UserError: phase I is not there or not finished, or was run with another recipe or cache.
+        UserError: phase I is not there or not finished, or is not one to go on from.
     """
+    priming = run / "priming"
     found = checkpoints.find(priming / "checkpoints")
     if found is None:
         raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
-    wanted = _identity(recipe, cache, "priming")
-    for key, value in wanted.items():
-        if found.state["identity"].get(key) != value:
-            raise UserError(f"phase I in {priming} was run with another {key}; phase II cannot go on from it")
-    turns = recipe.priming.student_steps * (recipe.priming.fake_per_student + 1)
-    if found.turn < turns:
-        raise UserError(f"phase I in {priming} stopped at turn {found.turn} of {turns}; finish it with --resume")
+    theirs, mine = found.state["identity"], _identity(recipe, data or "", "priming")
+    if data is None:
+        theirs, mine = ({key: of.get(key) for key in ("teacher", "student")} for of in (theirs, mine))
+    difference = first_difference(theirs, mine)
+    if difference:
+        raise UserError(f"phase II cannot go on from phase I in {priming}: {difference}")
+    if found.turn < found.state["turns"]:
+        raise UserError(
+            f"phase I in {priming} stopped at turn {found.turn} of {found.state['turns']}; finish it with --resume"
+        )
     player = trainer.method.players["student"]
     targets = {f"ema.{name}": p.detach() for name, p in player.ema.parameters.items()}
     checkpoints.load(found, targets, processes)

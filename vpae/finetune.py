@@ -106,9 +106,7 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
     if not trainer.train():
         return False
     state = {name.removeprefix("vae."): whole(p).cpu() for name, p in method.ema.state_dict().items()}
-    if processes.is_main:
-        _finish_vae(recipe, state, source, folder)
-    processes.barrier()
+    processes.together(lambda: _finish_vae(recipe, state, source, folder), main_only=True)
     return True
 
 
@@ -161,24 +159,30 @@ def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:
     """
     given, target = Path(recipe.teacher.path), folder / "pipeline"
     if (given / "model_index.json").is_file() and recipe.transformer is None:
-        if processes.is_main and not (target / "model_index.json").is_file():
-            shutil.copytree(given, target, dirs_exist_ok=True)  # the given folder is never written to
-        processes.barrier()
+        processes.together(lambda: _copied(given, target), main_only=True)  # the given folder is never written to
         return target
     if not (given / "config.json").is_file() and not (given / "vae" / "config.json").is_file():
         raise UserError(
             f"teacher.path {recipe.teacher.path!r} must be a pipeline folder, or for a model from scratch the folder "
             "of a VAE (make the tiny one with: vpae finetune recipes/tiny_vae.yaml)"
         )
-    if processes.is_main and not (target / "model_index.json").is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        write_encoders(target, recipe.scheduler_shift)
-        shutil.copytree(
-            given if (given / "config.json").is_file() else given / "vae", target / "vae", dirs_exist_ok=True
-        )
-        write_json(target / "model_index.json", MODEL_INDEX)
-    processes.barrier()
+    vae = given if (given / "config.json").is_file() else given / "vae"
+    processes.together(lambda: _composed(vae, target, recipe.scheduler_shift), main_only=True)
     return target
+
+
+def _copied(given: Path, target: Path) -> None:
+    if not (target / "model_index.json").is_file():
+        shutil.copytree(given, target, dirs_exist_ok=True)
+
+
+def _composed(vae: Path, target: Path, scheduler_shift: float) -> None:
+    if (target / "model_index.json").is_file():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    write_encoders(target, scheduler_shift)
+    shutil.copytree(vae, target / "vae", dirs_exist_ok=True)
+    write_json(target / "model_index.json", MODEL_INDEX)
 
 
 def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Processes) -> bool:
@@ -227,13 +231,12 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     if not trainer.train():
         return False
     weights = {name: whole(p.detach()).cpu() for name, p in ema.named_parameters()}
+    processes.together(lambda: write_transformer(transformer.config, weights, pipeline), main_only=True)
     if processes.is_main:
-        write_transformer(transformer.config, weights, pipeline)
         print(
             f"teacher written to {pipeline}; judge it with: vpae evaluate {pipeline} --steps "
             f"{recipe.evaluate.teacher_steps} --guidance-scale {recipe.evaluate.teacher_guidance}"
         )
-    processes.barrier()
     return True
 
 

@@ -71,8 +71,9 @@ class Gallery:
             if self.teacher is not None:
                 self._references["teacher"] = self._sample(self.teacher, self.settings.teacher_steps, True)
         student = self._sample(self.student, self.steps, self.steps > 4)
-        if not self.processes.is_main:
-            return
+        self.processes.together(lambda: self._show(student, turn, tracker), main_only=True)
+
+    def _show(self, student: Tensor, turn: int, tracker: Tracker) -> None:
         reference = self._references.get("teacher", self._references["real"])
         ratio = motion_energy(student).mean() / motion_energy(reference).mean()
         tracker.scalars(turn, {"samples/motion_ratio_to_reference": float(ratio)})

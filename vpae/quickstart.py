@@ -50,14 +50,11 @@ def quickstart(path: Path | None, overrides: tuple[str, ...], folder: Path, fres
     if not isinstance(recipe, Distill):
         raise UserError(f"{path} is a recipe of kind {recipe.kind}; the main job distils")
     is_run = (folder / RECIPE).is_file() and any((folder / phase).is_dir() for phase in PHASES)
-    if fresh and processes.is_main and is_run:
-        shutil.rmtree(folder)
-    processes.barrier()
+    if fresh and is_run:
+        processes.together(lambda: shutil.rmtree(folder), main_only=True)
     if not distill(recipe, folder, True, processes):
         return False
-    if processes.is_main:
-        compare(recipe, folder, started)
-    processes.barrier()
+    processes.together(lambda: compare(recipe, folder, started), main_only=True)
     return True
 
 

@@ -177,7 +177,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Distill:
-    """``vpae distill``: phase I, hand-over, phase II. A phase set to null is not run."""
+    """``vpae distill``: phase I, hand-over, phase II. A phase set to null is not run.
+
+    ``priming_run`` is the folder of another run whose finished phase I phase II starts from; ``priming`` is null then.
+    """
 
     kind: Literal["distill"]
     name: str
@@ -185,6 +188,7 @@ class Distill:
     teacher: Teacher
     data: Data
     student: Student
+    priming_run: str | None
     priming: Priming | None
     equilibrium: Equilibrium | None
     engine: Engine
@@ -347,6 +351,10 @@ def _check(recipe: Recipe, where: str) -> None:
     if not isinstance(recipe, Distill):
         return
     need(recipe.priming is not None or recipe.equilibrium is not None, "both phases are null: nothing to do")
+    need(
+        recipe.priming_run is None or (recipe.priming is None and recipe.equilibrium is not None),
+        "priming_run starts phase II from another run's phase I: set priming: null and keep equilibrium",
+    )
     if recipe.student.kind == "lora":
         need(recipe.student.lora is not None, "student.kind is lora, so student.lora must say its rank, alpha, targets")
     if recipe.priming is not None:

@@ -29,23 +29,24 @@ def open_folder(folder: Path, recipe: recipes.Recipe, resume: bool, processes: P
     Raises:
         UserError: it holds a run of another recipe, or a run that ``resume`` was not asked for, or is not writable.
     """
+    processes.together(lambda: _claim(folder, recipe, resume), main_only=True)
+
+
+def _claim(folder: Path, recipe: recipes.Recipe, resume: bool) -> None:
     stored = folder / RECIPE
     if stored.is_file():
-        difference = _difference(_read(stored), recipes.to_plain(recipe))
+        difference = first_difference(what_is_learnt(_read(stored)), what_is_learnt(recipes.to_plain(recipe)))
         if difference:
             raise UserError(f"{folder} already holds a different run ({difference}); choose another --output")
         if not resume and any(folder.rglob("state.json")):
             raise UserError(f"{folder} already holds this run; go on with --resume, or choose another --output")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no vpae run; choose another --output")
-    processes.barrier()
-    if processes.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(stored, recipes.dump(recipe))
-        except OSError as error:
-            raise UserError(f"cannot write into {folder}: {error.strerror}") from None
-    processes.barrier()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(stored, recipes.dump(recipe))
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -56,20 +57,27 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged; choose another --output") from None
 
 
-_FREE = ("log_every", "sample_every", "samples", "checkpoint_every", "keep_checkpoints", "micro_batch")
-
-
-def _difference(old: Any, new: Any, prefix: str = "") -> str:
-    """The first key that differs, leaving out those that may change between a run and its resumption."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**new, **old}:
-            if prefix in ("engine", "watch", "evaluate") and (prefix != "engine" or key in _FREE):
-                continue
-            found = _difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+def first_difference(there: Any, here: Any, prefix: str = "", places: tuple[str, str] = ("there", "here")) -> str:
+    """Names the first key in which two plain values differ, with both values; empty where they are equal."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**here, **there}:
+            found = first_difference(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else str(key), places)
             if found:
                 return found
         return ""
-    return "" if old == new else f"{prefix} is {old!r} there and {new!r} here"
+    return "" if there == here else f"{prefix} is {there!r} {places[0]} and {here!r} {places[1]}"
+
+
+_LEARNT = ("global_batch", "precision", "compile")  # keys of section engine that change the numbers
+_FREE = ("name", "watch", "evaluate", "evaluate_clips")
+
+
+def what_is_learnt(plain: dict[str, Any]) -> dict[str, Any]:
+    """The part of a plain recipe that changes the weights a run ends in; the rest may change when it is resumed."""
+    kept = {key: value for key, value in plain.items() if key not in _FREE}
+    if isinstance(plain.get("engine"), dict):
+        kept["engine"] = {key: plain["engine"].get(key) for key in _LEARNT}
+    return kept
 
 
 def write_text(path: Path, text: str) -> None:

@@ -77,7 +77,7 @@ def test_resuming_with_another_recipe_or_batch_is_refused(micro_recipe, tmp_path
     for section, key, value in (("priming", "guidance_scale", 3.0), ("engine", "global_batch", 8)):
         other = copy.deepcopy(micro_recipe)
         other[section][key] = value
-        with pytest.raises(UserError, match="was made with another recipe"):
+        with pytest.raises(UserError, match=rf"of another run \({section}.{key} is .* there and {value} here\)"):
             make_trainer(other, "priming", tmp_path).resume()
 
 

@@ -7,6 +7,8 @@ frames, so velocities are px/frame and accelerations px/frame^2.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 
@@ -26,6 +28,35 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 BACKGROUND = (22, 24, 30)
 WALL = (112, 118, 130)
+
+_ROOM = 16.0  # px at size 64: balls of a larger radius than this less the wall leave a crowd no place to start
+_TRIES = 10_000  # draws of all places at once; the standard world needs about 2
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_number, value))
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_CONSTANTS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "size": (_whole, "a whole number of px"),
+    "num_frames": (_whole, "a whole number"),
+    "ball_counts": (_numbers, "a list of probabilities"),
+    "radius": (lambda v: _numbers(v) and len(v) == 2, "[smallest, largest] in px"),
+    "speeds": (
+        lambda v: isinstance(v, dict) and all(isinstance(k, str) and _number(s) for k, s in v.items()),
+        "a mapping of words to px/frame",
+    ),
+    "gravity": (_number, "a number of px/frame^2"),
+    "wall": (_number, "a number of px"),
+}
 
 _DIAGONAL = 2**-0.5
 DIRECTIONS: dict[str, tuple[float, float]] = {
@@ -67,10 +98,17 @@ class World:
             raise ValueError(
                 f"a Bounce world needs size >= 16 and num_frames >= 2, not {self.size} and {self.num_frames}"
             )
-        if not 1 <= len(self.ball_counts) <= len(COLOURS) or abs(sum(self.ball_counts) - 1) > 1e-6:
+        counts = self.ball_counts
+        if not 1 <= len(counts) <= len(COLOURS) or min(counts) < 0 or abs(sum(counts) - 1) > 1e-6:
             raise ValueError(
-                f"ball_counts holds the probabilities of 1..{len(COLOURS)} balls and sums to 1, not {self.ball_counts}"
+                f"ball_counts holds the probabilities of 1..{len(COLOURS)} balls and sums to 1, not {counts}"
             )
+        if not 0 < self.radius[0] <= self.radius[1] <= _ROOM - self.wall:
+            raise ValueError(f"radius is [smallest, largest], above 0 and at most {_ROOM:g} - wall, not {self.radius}")
+        if not self.speeds or any(not word.isidentifier() or speed < 0 for word, speed in self.speeds.items()):
+            raise ValueError(f"speeds gives each speed's word (one word each) px/frame from 0, not {self.speeds}")
+        if self.gravity < 0 or self.wall < 0:
+            raise ValueError(f"gravity and wall are at least 0, not {self.gravity} and {self.wall}")
 
     @property
     def scale(self) -> float:
@@ -87,11 +125,15 @@ class World:
         """Build a world from plain YAML values.
 
         Raises:
-            ValueError: a key is not a constant of the world.
+            ValueError: a key is not a constant of the world, or its value is of another type or out of range.
         """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown key {unknown[0]!r} of a Bounce world; known: {', '.join(sorted(known))}")
+        for key, value in values.items():
+            good, wanted = _CONSTANTS[key]
+            if not good(value):
+                raise ValueError(f"{key} is {value!r}; it has to be {wanted}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -193,11 +235,14 @@ def _generator(split: str, index: int) -> np.random.Generator:
 def _place(world: World, rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
     lo, hi = world.wall * world.scale, world.size - world.wall * world.scale
     gap = 2.0 * world.scale
-    while True:
+    for _ in range(_TRIES):
         centres = np.stack([rng.uniform(lo + r + 1, hi - r - 1, size=2) for r in radii])
         apart = np.linalg.norm(centres[:, None] - centres[None], axis=-1) - (radii[:, None] + radii[None])
         if np.all(apart[np.triu_indices(len(radii), 1)] > gap):
             return centres
+    raise ValueError(
+        f"{len(radii)} balls of radius {radii.round(1).tolist()} px find no place in the box; smaller ones do"
+    )
 
 
 def make_clip(world: World, split: str, index: int) -> Clip:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,9 +30,10 @@ from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.methods.base import Batch
 from vpae.recipe import Data
-from vpae.runs import sha256, write_json
+from vpae.runs import first_difference, sha256, write_json, write_text
 
 _REVISION, _SHARD, _ENCODE_BATCH = 1, 256, 8
+_STAMP, _MANIFEST, _NULL_TEXT = "building.json", "manifest.json", "null_text.safetensors"
 _FIELDS = ("x0", "latent", "text", "image")
 
 
@@ -104,7 +105,7 @@ def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
     folder, source = Path(data.cache), open_source(data.source)
     wanted = expected(data, source, encoders)
     with _alone(folder, processes):
-        if processes.agree([not (folder / "manifest.json").is_file()])[0]:
+        if processes.agree([not (folder / _MANIFEST).is_file()])[0]:
             _build(folder, source, encoders, data, wanted, processes)
     return open_cache(folder, wanted)
 
@@ -112,14 +113,10 @@ def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
 @contextlib.contextmanager
 def _alone(folder: Path, processes: Processes) -> Iterator[None]:
     """Let one run at a time look at and build a cache folder; another that wants it waits."""
-    if not processes.is_main:
+    lock = processes.together(lambda: _lock_file(folder), main_only=True)
+    if lock is None:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write the cache {folder}: {error.strerror}; name another data.cache") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,17 +126,35 @@ def _alone(folder: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
+def _lock_file(folder: Path) -> TextIO | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("w")
+    except OSError as error:
+        if (folder / _MANIFEST).is_file():
+            return None  # finished and on a read-only disk: there is nothing to guard
+        raise UserError(f"cannot write the cache {folder}: {error.strerror}; name another data.cache") from None
+
+
 def _build(
     folder: Path, source: Source, encoders: Encoders, data: Data, wanted: dict[str, Any], processes: Processes
 ) -> None:
-    stamp = folder / "building.json"
-    if processes.is_main:
-        if stamp.is_file() and json.loads(stamp.read_text()) != wanted:
-            for stale in folder.glob("shard-*"):
-                stale.unlink()
-        write_json(stamp, wanted)
-    processes.barrier()
     shards = -(-len(source) // _SHARD)
+    processes.together(lambda: _stamp(folder, wanted), main_only=True)
+    processes.together(lambda: _encode_shards(folder, source, encoders, shards, processes))
+    processes.together(lambda: _write_manifest(folder, shards, encoders, data, wanted), main_only=True)
+
+
+def _stamp(folder: Path, wanted: dict[str, Any]) -> None:
+    """Say what is being built here; shards of anything else go."""
+    stamp = folder / _STAMP
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != _json(wanted):
+        for stale in folder.glob("shard-*"):
+            stale.unlink()
+    write_text(stamp, _json(wanted))
+
+
+def _encode_shards(folder: Path, source: Source, encoders: Encoders, shards: int, processes: Processes) -> None:
     mine = range(processes.rank, shards, processes.size)
     total = sum(min(_SHARD, len(source) - s * _SHARD) for s in mine)
     with tqdm(total=total, desc="encoding clips", unit="clip", disable=not processes.is_main) as bar:
@@ -159,11 +174,6 @@ def _build(
                 raise UserError(
                     f"cannot write the cache shard {file}: {error}; free some space and start again"
                 ) from None
-    processes.barrier()
-    if processes.is_main:
-        _write_manifest(folder, shards, encoders, data, wanted)
-        stamp.unlink()
-    processes.barrier()
 
 
 def _encode(source: Source, indices: range, encoders: Encoders, bar: tqdm) -> tuple[dict[str, Tensor], list[str]]:
@@ -203,10 +213,12 @@ def _write_manifest(folder: Path, shards: int, encoders: Encoders, data: Data, w
             shape = handle.get_slice("x0").get_shape()[1:]
         entries.append({"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)})
     null = encoders.texts([data.negative_prompt])
-    save_file({"null_text": null.cpu().contiguous()}, folder / "null_text.safetensors")
+    save_file({"null_text": null.cpu().contiguous()}, folder / _NULL_TEXT)
+    null_sha256 = sha256(folder / _NULL_TEXT)
     manifest = {
         "fingerprint": wanted,
-        "digest": sha256_of([wanted, [e["sha256"] for e in entries]]),
+        "digest": sha256_of([wanted, null_sha256, [e["sha256"] for e in entries]]),
+        "null_text_sha256": null_sha256,
         "count": len(captions),
         "latent_shape": shape,
         "text_rows": max(rows, null.shape[1]),
@@ -214,12 +226,17 @@ def _write_manifest(folder: Path, shards: int, encoders: Encoders, data: Data, w
         "shards": entries,
         "captions": captions,
     }
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / _MANIFEST, manifest)
+    (folder / _STAMP).unlink()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def sha256_of(value: Any) -> str:
     """Short content hash of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(_json(value).encode()).hexdigest()[:16]
 
 
 def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
@@ -230,28 +247,21 @@ def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
     """
     mend = f"remove {folder} to build it anew, or name another data.cache"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         have = manifest["fingerprint"]
-        shards = manifest["shards"]
+        shards, null_sha256 = manifest["shards"], manifest["null_text_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / 'manifest.json'} is damaged; {mend}") from None
     for field, value in wanted.items():
-        if have.get(field) != value:
-            raise UserError(
-                f"cache {folder} does not fit this recipe: {_first_difference(field, have.get(field), value)}; {mend}"
-            )
+        difference = first_difference(have.get(field), value, field, ("in the cache", "in the recipe"))
+        if difference:
+            raise UserError(f"cache {folder} does not fit this recipe: {difference}; {mend}")
     for shard in shards:
         file = folder / shard["file"]
         if not file.is_file() or file.stat().st_size != shard["bytes"] or sha256(file) != shard["sha256"]:
             raise UserError(f"cache shard {file} is missing or damaged; {mend}")
-    with safe_open(folder / "null_text.safetensors", framework="pt") as handle:
+    if not (folder / _NULL_TEXT).is_file() or sha256(folder / _NULL_TEXT) != null_sha256:
+        raise UserError(f"cache file {folder / _NULL_TEXT} is missing or damaged; {mend}")
+    with safe_open(folder / _NULL_TEXT, framework="pt") as handle:
         null_text = handle.get_tensor("null_text")
     return Cache(folder, manifest, null_text)
-
-
-def _first_difference(field: str, have: Any, wanted: Any) -> str:
-    if isinstance(have, dict) and isinstance(wanted, dict):
-        for key in {**wanted, **have}:
-            if have.get(key) != wanted.get(key):
-                return _first_difference(f"{field}.{key}", have.get(key), wanted.get(key))
-    return f"{field} is {have!r} in the cache and {wanted!r} in the recipe"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vpae.backbone import Backbone
+from vpae.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,28 @@ class Processes:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def together(self, action: Callable[[], T], *, main_only: bool = False) -> T | None:
+        """Run ``action`` on every rank (or on rank 0) and come back on all of them, or raise on all of them.
+
+        A rank that raised alone would leave its peers waiting in their next collective until the launcher kills them.
+
+        Returns:
+            what the action returned; None on the other ranks where ``main_only``.
+
+        Raises:
+            UserError: it, or an OSError, on the rank it happened to; on the others one that says so.
+        """
+        failure: Exception | None = None
+        result = None
+        if self.is_main or not main_only:
+            try:
+                result = action()
+            except (UserError, OSError) as error:
+                failure = error
+        if self.agree([failure is not None])[0]:
+            raise failure or UserError(f"rank {self.rank} stops because another rank failed; see its message")
+        return result
 
 
 def device_of_rank() -> torch.device:

@@ -23,6 +23,7 @@ from vpae.engine.watch import Collapse, Watch, vital_signs
 from vpae.errors import UserError
 from vpae.methods.base import Batch, Method, Player
 from vpae.recipe import Engine
+from vpae.runs import first_difference, what_is_learnt
 
 
 @dataclass
@@ -122,13 +123,12 @@ class Trainer:
         found = checkpoints.find(self.checkpoint_root)
         if found is None:
             return False
-        for key, mine in self.run.identity.items():
-            theirs = found.state["identity"].get(key)
-            if theirs != mine:
-                raise UserError(
-                    f"checkpoint {found.folder} was made with another {key} ({theirs}, this run has {mine}); "
-                    "use the recipe it was made with, or another output folder"
-                )
+        difference = first_difference(found.state["identity"], self.run.identity)
+        if difference:
+            raise UserError(
+                f"checkpoint {found.folder} is of another run ({difference}); use the recipe it was made with, "
+                "or another output folder"
+            )
         reshard(self.run.modules)
         checkpoints.load(found, self.tensors(), self.processes)
         self.turn, self.steps = found.turn, dict(found.state["steps"])
@@ -146,6 +146,7 @@ class Trainer:
         reshard(self.run.modules)
         state = {
             "steps": self.steps,
+            "turns": self.method.turns,
             "seconds": round(self.seconds, 3),
             "late_parameters": {name: self._late_parameters(name) for name in self.method.players},
             "identity": self.run.identity,
@@ -229,7 +230,8 @@ class Trainer:
         finite = torch.ones((), dtype=torch.bool, device=self.processes.device)
         for positions in micro:
             draws = Draws(self.run.seed, positions, self.processes.device)
-            batch = self.run.fetch([self.stream.index(p) for p in positions], draws)
+            indices = [self.stream.index(p) for p in positions]
+            batch = self.processes.together(lambda i=indices, d=draws: self.run.fetch(i, d))
             with autocast(self.processes.device, self.run.settings.precision):
                 outcome = self.method.loss(name, batch)
             finite &= outcome.loss.isfinite()
@@ -285,10 +287,14 @@ class Trainer:
             self.run.gallery(self.turn, tracker)
 
 
-def identity_of(recipe: recipes.Recipe, data: str | None, section: str) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that resumes it: all that changes the numbers."""
-    plain = recipes.to_plain(recipe)
-    engine = plain["engine"]
-    learnt = {"global_batch": engine["global_batch"], "precision": engine["precision"]}
-    rest = {k: v for k, v in plain.items() if k not in ("engine", "watch", "evaluate", "evaluate_clips", "name")}
-    return {"recipe": recipes.digest(rest | learnt), "data": data, "phase": section}
+def identity_of(recipe: recipes.Recipe, data: str, phase: str) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes it: all that changes the numbers.
+
+    Args:
+        data: fingerprint of what is trained on; it stands for the recipe's words about it.
+        phase: of the run.
+    """
+    plain = what_is_learnt(recipes.to_plain(recipe))
+    for words in ("data", "source"):
+        plain.pop(words, None)
+    return {"phase": phase, "data": data, **plain}

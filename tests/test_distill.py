@@ -1,0 +1,68 @@
+"""Phase I, hand-over, phase II: what a phase starts from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import read_tensors
+
+from vpae import recipe as recipes
+from vpae.distill import distill
+from vpae.engine.parallel import start
+from vpae.errors import UserError
+
+
+def _run(plain: dict, folder, resume: bool = False) -> bool:
+    return distill(recipes.from_plain(plain, "test"), folder, resume, start())
+
+
+@pytest.fixture
+def primed(micro_recipe, tmp_path):
+    """A run of phase I alone."""
+    plain = copy.deepcopy(micro_recipe) | {"equilibrium": None}
+    assert _run(plain, tmp_path / "primed")
+    return tmp_path / "primed"
+
+
+def test_phase_two_starts_from_another_runs_phase_one(micro_recipe, primed, tmp_path):
+    """As if both phases had run in one folder, bit for bit; that folder's other settings do not matter."""
+    assert _run(micro_recipe, tmp_path / "both")
+    plain = copy.deepcopy(micro_recipe) | {"priming": None, "priming_run": str(primed)}
+    assert _run(plain, tmp_path / "second")
+    both, second = (read_tensors(tmp_path / name / "equilibrium") for name in ("both", "second"))
+    assert both.keys() == second.keys() and all(torch.equal(both[k], second[k]) for k in both)
+    without = copy.deepcopy(micro_recipe) | {"priming": None}
+    assert _run(without, tmp_path / "unprimed")
+    unprimed = read_tensors(tmp_path / "unprimed" / "equilibrium")
+    assert any(not torch.equal(both[k], unprimed[k]) for k in both if k.startswith("student."))
+
+
+def test_phase_one_of_another_student_or_teacher_is_refused(micro_recipe, primed, tmp_path):
+    plain = copy.deepcopy(micro_recipe) | {"priming": None, "priming_run": str(primed)}
+    plain["student"]["kind"] = "lora"
+    with pytest.raises(UserError, match=r"phase II cannot go on from .*primed.*student.kind is 'full' there and 'lora'"):
+        _run(plain, tmp_path / "lora")
+    plain = copy.deepcopy(micro_recipe) | {"priming": None, "priming_run": str(tmp_path / "nowhere")}
+    with pytest.raises(UserError, match=r"nowhere/priming holds no checkpoint"):
+        _run(plain, tmp_path / "none")
+
+
+def test_phase_one_unfinished_is_refused(micro_recipe, primed, tmp_path):
+    plain = copy.deepcopy(micro_recipe)
+    plain["priming"]["student_steps"] += 1
+    with pytest.raises(UserError, match=r"priming.student_steps is 3 there and 4 here"):
+        _run(plain, primed, resume=True)
+
+
+def test_priming_run_and_priming_exclude_each_other(micro_recipe):
+    with pytest.raises(UserError, match="priming_run starts phase II from another run's phase I: set priming: null"):
+        recipes.from_plain(copy.deepcopy(micro_recipe) | {"priming_run": "x"}, "test")
+
+
+def test_the_collapse_limits_and_the_name_may_change_between_calls(micro_recipe, primed):
+    plain = copy.deepcopy(micro_recipe) | {"name": "other", "equilibrium": None}
+    plain["watch"]["max_logit"] = 3.0
+    plain["engine"]["micro_batch"] = 4
+    assert _run(plain, primed, resume=True)
