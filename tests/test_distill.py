@@ -12,6 +12,7 @@ from vpae import recipe as recipes
 from vpae.distill import distill
 from vpae.engine.parallel import start
 from vpae.errors import UserError
+from vpae.loading import load_model
 
 
 def _run(plain: dict, folder, resume: bool = False) -> bool:
@@ -42,7 +43,9 @@ def test_phase_two_starts_from_another_runs_phase_one(micro_recipe, primed, tmp_
 def test_phase_one_of_another_student_or_teacher_is_refused(micro_recipe, primed, tmp_path):
     plain = copy.deepcopy(micro_recipe) | {"priming": None, "priming_run": str(primed)}
     plain["student"]["kind"] = "lora"
-    with pytest.raises(UserError, match=r"phase II cannot go on from .*primed.*student.kind is 'full' there and 'lora'"):
+    with pytest.raises(
+        UserError, match=r"phase II cannot go on from .*primed.*student.kind is 'full' there and 'lora'"
+    ):
         _run(plain, tmp_path / "lora")
     plain = copy.deepcopy(micro_recipe) | {"priming": None, "priming_run": str(tmp_path / "nowhere")}
     with pytest.raises(UserError, match=r"nowhere/priming holds no checkpoint"):
@@ -66,3 +69,25 @@ def test_the_collapse_limits_and_the_name_may_change_between_calls(micro_recipe,
     plain["watch"]["max_logit"] = 3.0
     plain["engine"]["micro_batch"] = 4
     assert _run(plain, primed, resume=True)
+
+
+@pytest.mark.parametrize("judge", ["unified", "frozen", "trainable"])
+def test_every_role_of_a_run_can_be_sampled_from(micro_recipe, tmp_path, judge):
+    """Each with its own weights: the ones in the checkpoint, under that role's name."""
+    micro_recipe["equilibrium"]["judge"] = judge
+    assert _run(micro_recipe, tmp_path)
+    stored = {phase: read_tensors(tmp_path / phase) for phase in ("priming", "equilibrium")}
+    teacher = dict(load_model(tmp_path, "teacher").role.named_parameters())
+    for role, phase, name in (
+        ("student", "equilibrium", "student"),
+        ("ema", "equilibrium", "ema"),
+        ("fake_score", "priming", "fake_score"),
+        ("judge", "equilibrium", {"unified": "ema", "frozen": None, "trainable": "head.judge"}[judge]),
+    ):
+        weights = dict(load_model(tmp_path, role).role.named_parameters())
+        expected = teacher if name is None else {k: stored[phase][f"{name}.{k}"] for k in weights}
+        assert weights and all(torch.equal(weights[k], expected[k]) for k in weights), role
+    with pytest.raises(UserError, match="phase equilibrium has no fake_score; it belongs to priming"):
+        load_model(tmp_path, "fake_score", "equilibrium")
+    with pytest.raises(UserError, match="has the roles student, ema, teacher, fake_score, judge"):
+        load_model(tmp_path, "critic")

@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="images + prompts to mp4 and a contact sheet")
     sample.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
-    sample.add_argument("--role", help="of a run folder: student, ema or teacher (default: ema, the one that ships)")
+    sample.add_argument(
+        "--role", help="of a run folder: student, ema, teacher, fake_score, judge (default: ema, which ships)"
+    )
     sample.add_argument("--image", type=Path, action="append", default=[], help="first frame (repeatable)")
     sample.add_argument("--prompt", action="append", default=[], help="caption of the image at the same place")
     sample.add_argument("--bounce", type=int, metavar="N", help="take first frame and caption of N Bounce test clips")
@@ -70,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="judge a model on Bounce test clips, from the pixels")
     evaluate.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
-    evaluate.add_argument("--role", help="of a run folder: student, ema or teacher")
+    evaluate.add_argument("--role", help="of a run folder: student, ema (default), teacher, fake_score or judge")
     evaluate.add_argument("--split", default="test", choices=("validation", "test"))
     evaluate.add_argument("--clips", type=int, default=64)
     evaluate.add_argument("--batch", type=int, default=16)
@@ -90,13 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--recipe", type=Path, help="default: recipes/quickstart.yaml")
     _override_option(quickstart)
     quickstart.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    quickstart.add_argument("--ranks", type=int, metavar="N", help="processes (default: one a GPU, or 2 on CPU)")
     quickstart.add_argument("--fresh", action="store_true", help="start over instead of going on with an earlier run")
     return parser
 
 
 def _dispatch(arguments: argparse.Namespace) -> bool:
     """Run a command; imports are here so that --help and mistakes answer at once. False: interrupted by a signal."""
-    from vpae.engine.parallel import start
+    from vpae.engine.parallel import leave, start
 
     if arguments.command in ("finetune", "distill"):
         from vpae import recipe as recipes
@@ -130,6 +133,12 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
         return export(arguments)
     from vpae.quickstart import quickstart
 
+    if "RANK" not in os.environ:
+        from vpae.engine.launch import default_ranks, launch
+
+        ranks = arguments.ranks or default_ranks()
+        if ranks > 1:
+            leave(launch(ranks, sys.argv[1:]))
     return quickstart(arguments.recipe, tuple(arguments.overrides), arguments.output, arguments.fresh, start())
 
 

@@ -30,11 +30,12 @@ from vpae.models import (
     distillation_cast,
     fake_score,
     find_model,
+    judge_of,
     shard,
     weights_fingerprint,
 )
 from vpae.recipe import Distill
-from vpae.roles import Role, add_lora, copy_weights, full_copy
+from vpae.roles import copy_weights
 from vpae.runs import first_difference, open_folder
 
 PHASES = ("priming", "equilibrium")
@@ -131,7 +132,7 @@ def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method,
 
 def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     settings = recipe.equilibrium
-    judge = _judge(recipe, cast)
+    judge = judge_of(recipe, cast)
     config = cast.teacher.backbone.transformer.config
     taps = settings.taps or default_taps(config.num_layers)
     if max(taps) >= config.num_layers or min(taps) < 0:
@@ -153,20 +154,6 @@ def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Met
         settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=tuple(taps)
     )
     return method, [head]
-
-
-def _judge(recipe: Distill, cast: Cast) -> Role:
-    """Whose blocks feed the head: the student's EMA, the frozen teacher, or a network that trains with the head."""
-    kind = recipe.equilibrium.judge
-    if kind == "unified":
-        return cast.ema
-    if kind == "frozen":
-        return Role("judge", cast.teacher.backbone, None)
-    if recipe.student.kind == "lora":
-        return add_lora(cast.teacher.backbone, "judge", recipe.student.lora, recipe.seed)
-    judge = full_copy(cast.teacher, "judge")
-    cast.backbones.append(judge.backbone)
-    return judge
 
 
 def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, processes: Processes) -> None:

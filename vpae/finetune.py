@@ -112,7 +112,10 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
 
 @torch.no_grad()
 def _finish_vae(recipe: FinetuneVae, state: dict, source: Source, folder: Path) -> None:
-    """Measure the latents' moments on training clips and the PSNR on test clips; write the diffusers folder."""
+    """Measure the latents' moments on training clips and the PSNR on test clips; write the diffusers folder.
+
+    Video files have no test split of their own: there the PSNR is of training clips, and the report says so.
+    """
     vae = build_vae(recipe.vae, recipe.seed)
     vae.load_state_dict(state)
     vae.eval()
@@ -134,7 +137,8 @@ def _finish_vae(recipe: FinetuneVae, state: dict, source: Source, folder: Path) 
     )
     vae.save_pretrained(folder / "vae", max_shard_size="15MB")
     held_out = {"split": "test", "start": 0, "count": recipe.evaluate_clips}
-    test = open_source(recipe.source | held_out) if recipe.source.get("kind") == "bounce" else source
+    is_bounce = recipe.source.get("kind") == "bounce"
+    test = open_source(recipe.source | held_out) if is_bounce else source
     psnr = []
     for i in range(min(len(test), recipe.evaluate_clips)):
         x = pixels([test[i].frames])
@@ -142,13 +146,15 @@ def _finish_vae(recipe: FinetuneVae, state: dict, source: Source, folder: Path) 
         psnr.append(float(10 * torch.log10(4 / error)))
     report = {
         "clips": len(psnr),
+        "split": "test" if is_bounce else "train",
         "psnr_db_mean": round(float(np.mean(psnr)), 3),
         "psnr_db_min": round(float(np.min(psnr)), 3),
         "recipe": recipes.digest(recipe),
         "environment": environment(),
     }
     write_json(folder / "evaluation.json", report)
-    print(f"VAE on {len(psnr)} test clips: {report['psnr_db_mean']:.2f} dB (worst {report['psnr_db_min']:.2f})")
+    mean, worst = report["psnr_db_mean"], report["psnr_db_min"]
+    print(f"VAE on {len(psnr)} {report['split']} clips: {mean:.2f} dB (worst {worst:.2f})")
 
 
 def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:

@@ -13,12 +13,13 @@ from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes, device_of_rank
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
-from vpae.models import distillation_cast, find_model, fresh_transformer, wrap
+from vpae.models import Cast, distillation_cast, fake_score, find_model, fresh_transformer, judge_of, wrap
 from vpae.recipe import Distill, FinetuneFlow
 from vpae.roles import Role
 from vpae.runs import RECIPE
 
 PHASES = ("equilibrium", "priming")  # the later one first
+ROLES = ("student", "ema", "teacher", "fake_score", "judge")
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,38 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
         raise UserError(
             f"{run} is a {recipe.kind} run: there is nothing to sample from; its result is {run / recipe.kind}"
         )
-    if role not in ("student", "ema", "teacher"):
-        raise UserError(f"a distillation has the roles student, ema and teacher to sample from, not {role!r}")
+    if role not in ROLES:
+        raise UserError(f"a distillation has the roles {', '.join(ROLES)} to sample from, not {role!r}")
+    only = {"fake_score": "priming", "judge": "equilibrium"}.get(role, phase)
+    if phase not in (None, only):
+        raise UserError(f"phase {phase} has no {role}; it belongs to {only}")
     processes = alone()
     cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, processes)
-    chosen: Role = getattr(cast, role)
     pipeline = find_model(recipe.teacher.path)
-    if role == "teacher":
-        return Model(chosen, pipeline, recipe, f"teacher {pipeline}")
-    for name in PHASES if phase is None else (phase,):
+    chosen, stored = _role_of(recipe, cast, role)
+    if chosen is cast.teacher:
+        return Model(chosen, pipeline, recipe, f"{role} {pipeline}")
+    for name in PHASES if only is None else (only,):
         found = checkpoints.find(run / name / "checkpoints")
         if found is not None:
-            tensors = {f"{role}.{key}": p.detach() for key, p in chosen.named_parameters()}
+            tensors = {f"{stored}.{key}": p.detach() for key, p in chosen.named_parameters()}
             checkpoints.load(found, tensors, processes)
             return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
-    raise UserError(f"{run} holds no checkpoint{f' of phase {phase}' if phase else ''} yet")
+    raise UserError(f"{run} holds no checkpoint{f' of phase {only}' if only else ''} yet")
+
+
+def _role_of(recipe: Distill, cast: Cast, role: str) -> tuple[Role, str]:
+    """A role of a run, and the name its weights have in a checkpoint."""
+    if role == "fake_score":
+        if recipe.priming is None:
+            raise UserError("the recipe of this run has no phase I, so there is no fake_score")
+        return fake_score(cast, recipe.priming.fake_lora, recipe.seed), role
+    if role == "judge":
+        if recipe.equilibrium is None:
+            raise UserError("the recipe of this run has no phase II, so there is no judge")
+        judge = judge_of(recipe, cast)
+        return judge, "head.judge" if recipe.equilibrium.judge == "trainable" else judge.name
+    return getattr(cast, role), role
 
 
 def _from_teacher_run(run: Path, recipe: FinetuneFlow, role: str) -> Model:

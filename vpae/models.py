@@ -16,7 +16,7 @@ from vpae.draws import seed_of
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
-from vpae.recipe import Engine, Lora, Student, Teacher
+from vpae.recipe import Distill, Engine, Lora, Student, Teacher
 from vpae.roles import Role, add_lora, copy_weights, full_copy
 
 
@@ -108,6 +108,20 @@ def distillation_cast(teacher: Teacher, student: Student, engine: Engine, seed: 
 def fake_score(cast: Cast, lora: Lora, seed: int) -> Role:
     """The teacher plus a zero-initialised LoRA: equal to the teacher at step 0."""
     return add_lora(cast.teacher.backbone, "fake_score", lora, seed)
+
+
+def judge_of(recipe: Distill, cast: Cast) -> Role:
+    """Whose blocks feed the head: the student's EMA, the frozen teacher, or a network that trains with the head."""
+    kind = recipe.equilibrium.judge
+    if kind == "unified":
+        return cast.ema
+    if kind == "frozen":
+        return cast.teacher
+    if recipe.student.kind == "lora":
+        return add_lora(cast.teacher.backbone, "judge", recipe.student.lora, recipe.seed)
+    judge = full_copy(cast.teacher, "judge")
+    cast.backbones.append(judge.backbone)
+    return judge
 
 
 def shard(backbones: list[Backbone], processes: Processes) -> None:

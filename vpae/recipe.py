@@ -136,7 +136,10 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run is carried out; only ``global_batch`` and ``precision`` change what is learnt."""
+    """How a run is carried out; only ``global_batch``, ``precision`` and ``compile`` change what is learnt.
+
+    ``micro_batch`` is the most samples that a rank computes at once; the rest of its share is accumulated.
+    """
 
     global_batch: int
     micro_batch: int

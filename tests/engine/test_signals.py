@@ -48,6 +48,25 @@ def test_sigterm_finishes_the_turn_saves_and_says_how_to_go_on(micro_recipe, tmp
         assert differing(read_tensors(tmp_path / "whole" / phase), read_tensors(tmp_path / "run" / phase)) == []
 
 
+def test_a_signal_to_the_launcher_reaches_its_ranks_and_nobody_sees_a_traceback(micro_recipe, tmp_path):
+    recipe = write_recipe(_long(micro_recipe), tmp_path / "r.yaml")
+    arguments = ["quickstart", "--recipe", str(recipe), "--output", str(tmp_path / "run"), "--ranks", "2"]
+    command = [sys.executable, "-m", "vpae", *arguments]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_for(tmp_path / "run" / "priming" / "log.jsonl")
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0 and "Traceback" not in err, err[-2000:]
+    assert f"interrupted, everything is saved; go on with: vpae {' '.join(arguments)}" in out
+    assert list((tmp_path / "run" / "priming" / "checkpoints").glob("step-*/state.json"))
+
+
+def test_the_launcher_passes_on_the_exit_status(tmp_path):
+    command = [sys.executable, "-m", "vpae", "quickstart", "--recipe", str(tmp_path / "none.yaml"), "--ranks", "2"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and "no recipe at" in run.stderr and "Traceback" not in run.stderr
+
+
 def _kill_until_done(recipe, folder, kills, longest, seed):
     generator = random.Random(seed)
     for _ in range(kills):

@@ -81,11 +81,10 @@ class Trainer:
 
     def __init__(self, method: Method, run: Run, processes: Processes) -> None:
         self.method, self.run, self.processes = method, run, processes
-        share = processes.size * run.settings.micro_batch
-        if run.settings.global_batch % share:
+        if run.settings.global_batch % processes.size:
             raise UserError(
-                f"engine.global_batch {run.settings.global_batch} cannot be split over {processes.size} ranks in "
-                f"micro-batches of {run.settings.micro_batch}: make it a multiple of {share}"
+                f"engine.global_batch {run.settings.global_batch} cannot be split over {processes.size} ranks: "
+                f"make it a multiple of {processes.size}"
             )
         self.optimisers = {name: optim.build_optimiser(player) for name, player in method.players.items()}
         self.steps = dict.fromkeys(method.players, 0)

@@ -1,0 +1,47 @@
+"""Several ranks from one command: torchrun's own agent, without its traceback when somebody presses Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+
+import torch
+
+_PATIENCE = 300  # seconds a rank has to finish its turn and save after a signal
+
+
+def default_ranks() -> int:
+    """One rank a GPU; two on a CPU that has the cores, where one rank leaves most of a second core idle."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return min(2, len(os.sched_getaffinity(0)))
+
+
+def launch(ranks: int, arguments: list[str]) -> int:
+    """Run ``python -m vpae ARGUMENTS`` on ``ranks`` ranks of this machine; returns the exit status.
+
+    A signal is passed on to the ranks, which finish the turn, save and say how to go on.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=_PATIENCE,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "vpae", *arguments)
+    except SignalException:
+        return 0
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)
+    return 0
