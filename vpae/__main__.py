@@ -88,6 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--phase", choices=("priming", "equilibrium"), help="default: the last one with a checkpoint")
     export.add_argument("--output", type=Path, help="default: RUN/student")
 
+    bounce = commands.add_parser("bounce", help="write clips of the simulated world as mp4 with captions and states")
+    bounce.add_argument("--split", default="train", choices=("train", "validation", "test"))
+    bounce.add_argument("--count", type=int, default=16)
+    bounce.add_argument("--start", type=int, default=0)
+    bounce.add_argument("--pairs", action="store_true", help="pairs of a plausible and an impossible version instead")
+    bounce.add_argument("--output", type=Path, default=Path("outputs/bounce"))
+
     quickstart = commands.add_parser("quickstart", help="the main job: distil the embedded teacher, compare, report")
     quickstart.add_argument("--recipe", type=Path, help="default: recipes/quickstart.yaml")
     _override_option(quickstart)
@@ -131,6 +138,10 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
         from vpae.commands import export
 
         return export(arguments)
+    if arguments.command == "bounce":
+        from vpae.commands import bounce
+
+        return bounce(arguments)
     from vpae.quickstart import quickstart
 
     if "RANK" not in os.environ:

@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vpae import recipe as recipes
+from vpae.data.bounce import World
 from vpae.data.cache import prepare
 from vpae.data.encoders import Encoders
 from vpae.data.look import contact_sheet
+from vpae.data.publish import export_bounce, export_pairs
 from vpae.data.videos import write_video
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import Processes
@@ -156,6 +158,15 @@ def evaluate(arguments: argparse.Namespace) -> bool:
         ]
         contact_sheet(rows, arguments.output / "contact_sheet.png")
         print(f"  written to {arguments.output}/scores.json and contact_sheet.png")
+    return True
+
+
+def bounce(arguments: argparse.Namespace) -> bool:
+    """Clips of Bounce, or pairs, as files."""
+    write = export_pairs if arguments.pairs else export_bounce
+    write(World(), arguments.split, arguments.count, arguments.output, start=arguments.start)
+    what = "pairs, listed in pairs.jsonl" if arguments.pairs else "clips with captions.jsonl and states.jsonl"
+    print(f"{arguments.output}: {arguments.count} {what}")
     return True
 
 

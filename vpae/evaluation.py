@@ -78,6 +78,10 @@ def sample_clips(
         condition = condition.widened(null_text.shape[1])
         draws = Draws(seed_of(seed, "evaluation"), range(start, start + len(part)), encoders.device)
         null = condition.null(null_text) if guidance_scale != 1.0 else None
+        if start == 0:  # the first forward allocates and chooses kernels: it is not timed
+            role.velocity(
+                draws.normal_like("warm-up", condition.latent), condition.latent.new_ones(len(part)), condition
+            )
         started = time.perf_counter()
         latents = sample_latents(
             role,

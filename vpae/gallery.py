@@ -65,18 +65,20 @@ class Gallery:
         finally:
             reshard([role.backbone.transformer])
 
-    def __call__(self, turn: int, tracker: Tracker) -> None:
+    def __call__(self, turn: int, tracker: Tracker) -> dict[str, float]:
+        """Sample, show, and return what the watch may look at (the same on every rank)."""
         if self._references is None:
             self._references = {"real": self.batch.x0}
             if self.teacher is not None:
                 self._references["teacher"] = self._sample(self.teacher, self.settings.teacher_steps, True)
         student = self._sample(self.student, self.steps, self.steps > 4)
+        reference = self._references.get("teacher", self._references["real"])
+        ratio = float(motion_energy(student).mean() / motion_energy(reference).mean())
+        tracker.scalars(turn, {"samples/motion_ratio_to_reference": ratio})
         self.processes.together(lambda: self._show(student, turn, tracker), main_only=True)
+        return {"motion_ratio_to_reference": ratio}
 
     def _show(self, student: Tensor, turn: int, tracker: Tracker) -> None:
-        reference = self._references.get("teacher", self._references["real"])
-        ratio = motion_energy(student).mean() / motion_energy(reference).mean()
-        tracker.scalars(turn, {"samples/motion_ratio_to_reference": float(ratio)})
         clips = {"student": student, **self._references}
         frames = {name: self.encoders.decode(latents) for name, latents in clips.items()}
         for i in range(len(student)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vpae import recipe as recipes
 from vpae.backbone import Backbone
@@ -37,10 +38,20 @@ class Model:
     source: str
 
     @property
+    def _source(self) -> dict[str, Any]:
+        return getattr(getattr(self.recipe, "data", None), "source", {})
+
+    @property
     def world(self) -> World:
         """The Bounce world it was trained on; the default one where that is unknown or other data."""
-        source = getattr(getattr(self.recipe, "data", None), "source", {})
-        return World.from_dict(source.get("world", {})) if source.get("kind") == "bounce" else World()
+        return World.from_dict(self._source.get("world", {})) if self._source.get("kind") == "bounce" else World()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(num_frames, height, width)`` of the clips it was trained on."""
+        if self._source.get("kind") == "videos":
+            return (self._source["num_frames"], *self._source["size"])
+        return self.world.num_frames, self.world.size, self.world.size
 
 
 def load_model(path: Path, role: str | None = None, phase: str | None = None) -> Model:

@@ -96,8 +96,9 @@ def judge_rows(
     """Teacher at full and at one step, student at one and four, on the same clips and the same noise."""
     settings = recipe.evaluate
     full = {"steps": settings.teacher_steps, "guidance_scale": settings.teacher_guidance, "sampler": "euler"}
+    evaluations = settings.teacher_steps * (1 if settings.teacher_guidance == 1.0 else 2)
     plans = {
-        f"teacher {2 * settings.teacher_steps} NFE": (teacher, full),
+        f"teacher {evaluations} NFE": (teacher, full),
         "teacher 1 NFE": (teacher, {"steps": 1, "sampler": "euler"}),
         "student 1 NFE": (student, {"steps": 1}),
         "student 4 NFE": (student, {"steps": 4}),
@@ -145,7 +146,7 @@ def show(
         Variant(name.split()[0], s.nfe, s.frames[:_SHOWN], _scores(s.scores), s.seconds_per_clip)
         for name, s in rows.items()
     ]
-    side_by_side = [v for v in variants if v.nfe != 4]
+    side_by_side = [v for name, v in zip(rows, variants, strict=True) if name != "student 4 NFE"]
     write_comparison(folder, captions, [("real", frames), *((v.label, v.frames) for v in side_by_side)])
     facts = {
         "Recipe": f"{recipe.name}, seed {recipe.seed}, {results['recipe']}",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from vpae.data.bounce import World, make_clip
-from vpae.data.publish import bounce_dataset, export_bounce
+from vpae.data.counterfactual import make_pair
+from vpae.data.publish import bounce_dataset, export_bounce, export_pairs
 from vpae.data.sources import BounceSource, VideoFolderSource, open_source
-from vpae.data.videos import write_video
+from vpae.data.videos import read_video_noted, write_video
 from vpae.errors import UserError
 
 WORLD = World(size=32, num_frames=5)
@@ -260,3 +261,40 @@ def test_real_clips_fit_the_480p_shape():
         assert record.frames.shape == (81, 480, 832, 3) and record.frames.dtype == np.uint8
         assert record.caption and record.frames[::20].std() > 5
         assert np.any(record.frames[0] != record.frames[40])
+
+
+def test_exported_pairs_are_the_pairs(tmp_path):
+    """Both versions come back bit for bit, equal before the named frame and different from it on."""
+    export_pairs(World(), "test", 2, tmp_path / "pairs", start=3)
+    lines = [json.loads(line) for line in (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    for index, line in zip((3, 4), lines, strict=True):
+        pair = make_pair(World(), "test", index)
+        plausible, impossible = (
+            read_video_noted(tmp_path / "pairs" / line[key], num_frames=17, fps=8, size=(64, 64), short="error")[0]
+            for key in ("plausible", "impossible")
+        )
+        assert np.array_equal(plausible, pair.plausible.frames) and np.array_equal(impossible, pair.implausible.frames)
+        assert (line["kind"], line["frame"], line["ball"]) == (pair.kind, pair.frame, pair.ball)
+        assert np.array_equal(plausible[: line["frame"]], impossible[: line["frame"]])
+    with pytest.raises(UserError, match="already holds something else"):
+        export_bounce(World(), "test", 2, tmp_path / "pairs")
+
+
+@pytest.mark.parametrize(
+    ("constant", "message"),
+    [
+        ({"radius": [8.0, 5.0]}, "radius is .smallest, largest."),
+        ({"radius": [5.0, 40.0]}, "radius is .smallest, largest."),
+        ({"radius": 5.0}, "radius is 5.0; it has to be .smallest, largest. in px"),
+        ({"speeds": {}}, "speeds gives each speed's word"),
+        ({"speeds": {"very fast": 3.0}}, "speeds gives each speed's word"),
+        ({"wall": -1.0}, "wall is at least 0"),
+        ({"gravity": "yes"}, "gravity is 'yes'; it has to be a number"),
+        ({"ball_counts": [1.5, -0.5]}, "ball_counts holds the probabilities"),
+        ({"size": 64.0}, "size is 64.0; it has to be a whole number"),
+    ],
+)
+def test_constants_of_a_world_that_cannot_be_are_named(constant, message):
+    with pytest.raises(UserError, match=message):
+        open_source({"kind": "bounce", "split": "train", "count": 1, "world": constant})

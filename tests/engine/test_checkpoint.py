@@ -79,3 +79,11 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoints.find(tmp_path).turn == 1
     assert json.loads((tmp_path / "step-00000001" / "state.json").read_text())["turn"] == 1
+
+
+def test_a_resumed_run_refuses_a_checkpoint_with_more_in_it(tmp_path):
+    found = checkpoints.read(_save(tmp_path, 1))
+    part = {"b": torch.zeros(5)}
+    checkpoints.load(found, part, start())
+    with pytest.raises(UserError, match="holds 'a.weight', which this run has not"):
+        checkpoints.load(found, part, start(), everything=True)

@@ -59,3 +59,14 @@ def test_stop_stops():
     watch = Watch(_limits(action="stop", patience=1))
     with pytest.raises(UserError, match=r"step 20, logit_real 30: the head is saturated; stopped"):
         watch.look(20, {"logit_real": 30.0})
+
+
+def test_head_and_student_are_watched_apart_and_samples_too():
+    """The student's calm logit must not reset the count of the head's saturated one."""
+    watch = Watch(_limits())
+    for step in range(watch.limits.patience):
+        alarms = watch.look(1000 + step, {"head/logit_fake": 1e6})
+        alarms += watch.look(1000 + step, {"student/logit_fake": 0.0})
+    assert len(alarms) == 1 and "head/logit_fake" in alarms[0]
+    still = [watch.look(2000 + i, {"samples/motion_ratio_to_reference": 0.01}) for i in range(watch.limits.patience)]
+    assert not any(still[:-1]) and "do not move" in still[-1][0]

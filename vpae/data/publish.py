@@ -14,6 +14,7 @@ import pymunk
 
 from vpae.data import bounce
 from vpae.data.bounce import Clip, World, make_clip
+from vpae.data.counterfactual import make_pair
 from vpae.data.files import atomic
 from vpae.data.sources import CAPTIONS, BounceSource
 from vpae.data.videos import write_video
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import datasets
 
 FPS = 8  # of Bounce clips as files: the world itself counts time in frames
-STATES, ORIGIN = "states.jsonl", "bounce.json"
+STATES, PAIRS, ORIGIN = "states.jsonl", "pairs.jsonl", "bounce.json"
 
 
 def export_bounce(world: World, split: str, count: int, folder: str | Path, *, start: int = 0) -> None:
@@ -36,11 +37,7 @@ def export_bounce(world: World, split: str, count: int, folder: str | Path, *, s
         UserError: the folder holds something else, or cannot be written.
     """
     source, folder = BounceSource(world, split, count, start), Path(folder)
-    origin = json.dumps(source.fingerprint(), indent=1) + "\n"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (folder / ORIGIN).is_file() or (folder / ORIGIN).read_text() != origin:
-            raise UserError(f"{folder}: already holds something else; name a new folder, or empty this one")
-    _write_text(folder / ORIGIN, origin)
+    _claim(folder, source.fingerprint())
     captions, states = [], []
     for item in range(count):
         clip = source.clip(item)
@@ -50,6 +47,36 @@ def export_bounce(world: World, split: str, count: int, folder: str | Path, *, s
         states.append({"file": file, **_states(clip)})
     _write_text(folder / STATES, "".join(json.dumps(line) + "\n" for line in states))
     _write_text(folder / CAPTIONS, "".join(json.dumps(line) + "\n" for line in captions))
+
+
+def export_pairs(world: World, split: str, count: int, folder: str | Path, *, start: int = 0) -> None:
+    """Write pairs of one plausible and one impossible version as lossless mp4, with ``pairs.jsonl``.
+
+    A line has both files, the caption, the kind, the first frame that differs and the ball (null: all of them).
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    _claim(folder, {"pairs": True, **BounceSource(world, split, count, start).fingerprint()})
+    lines = []
+    for index in range(start, start + count):
+        pair = make_pair(world, split, index)
+        line = {"plausible": f"{pair.name}-plausible.mp4", "impossible": f"{pair.name}-impossible.mp4"}
+        write_video(folder / line["plausible"], pair.plausible.frames, FPS, lossless=True)
+        write_video(folder / line["impossible"], pair.implausible.frames, FPS, lossless=True)
+        lines.append(
+            {**line, "caption": pair.plausible.caption, "kind": pair.kind, "frame": pair.frame, "ball": pair.ball}
+        )
+    _write_text(folder / PAIRS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _claim(folder: Path, what: dict[str, Any]) -> None:
+    origin = json.dumps(what, indent=1) + "\n"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / ORIGIN).is_file() or (folder / ORIGIN).read_text() != origin:
+            raise UserError(f"{folder}: already holds something else; name a new folder, or empty this one")
+    _write_text(folder / ORIGIN, origin)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -142,14 +142,21 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(Path(folder), state)
 
 
-def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processes) -> None:
+def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processes, *, everything: bool = False) -> None:
     """Read the checkpoint into ``tensors`` in place; every name must be there with its shape.
 
+    Args:
+        everything: refuse a checkpoint that holds tensors besides these.
+
     Raises:
-        UserError: a tensor is missing or of another shape.
+        UserError: a tensor is missing, of another shape, or one too many.
     """
     reader = HuggingFaceStorageReader(str(checkpoint.folder))
     stored = reader.read_metadata().state_dict_metadata
+    if everything and (more := sorted(set(stored) - set(tensors))):
+        raise UserError(
+            f"checkpoint {checkpoint.folder} holds {more[0]!r}, which this run has not: it belongs to another recipe"
+        )
     for name, tensor in tensors.items():
         if name not in stored:
             raise UserError(f"checkpoint {checkpoint.folder} has no tensor {name!r}: it belongs to another recipe")

@@ -41,7 +41,8 @@ class Run:
         modules: sharded modules, to be resharded after each turn.
         portion: turn -> (first stream position, samples of all ranks, samples of a micro-batch); None: the settings'.
         watch: the collapse alarm, None for methods without a student sample.
-        gallery: called every ``sample_every`` steps of the player ``student`` as ``gallery(turn, tracker)``.
+        gallery: called every ``sample_every`` steps of the player ``student`` as ``gallery(turn, tracker)``; what it
+            returns goes to the watch.
     """
 
     folder: Path
@@ -54,7 +55,7 @@ class Run:
     modules: list[nn.Module]
     portion: Callable[[int], tuple[int, int, int]] | None = None
     watch: Watch | None = None
-    gallery: Callable[[int, Tracker], None] | None = None
+    gallery: Callable[[int, Tracker], dict[str, float]] | None = None
 
 
 @dataclass
@@ -129,7 +130,7 @@ class Trainer:
                 "or another output folder"
             )
         reshard(self.run.modules)
-        checkpoints.load(found, self.tensors(), self.processes)
+        checkpoints.load(found, self.tensors(), self.processes, everything=True)
         self.turn, self.steps = found.turn, dict(found.state["steps"])
         self.seconds = float(found.state["seconds"])
         for name, player in self.method.players.items():
@@ -277,13 +278,17 @@ class Trainer:
             rate = self.optimisers[name].param_groups[0]["lr"]
             values = {key if "/" in key else f"{name}/{key}": value for key, value in means.items()}
             tracker.scalars(self.turn - 1, values | {f"{name}/learning_rate": rate, f"{name}/step": step})
-            if self.run.watch is not None:
-                signs = {key.split("/")[-1]: value for key, value in means.items()}
-                for alarm in self.run.watch.look(self.steps.get("student", 0), signs):
-                    self.alarms.append(alarm)
-                    tracker.say(alarm)
+            self._look({f"{name}/{key.split('/')[-1]}": value for key, value in means.items()}, tracker)
         if name == "student" and self.run.gallery is not None and step % settings.sample_every == 0:
-            self.run.gallery(self.turn, tracker)
+            signs = self.run.gallery(self.turn, tracker)
+            self._look({f"samples/{key}": value for key, value in signs.items()}, tracker)
+
+    def _look(self, signs: dict[str, float], tracker: Tracker) -> None:
+        if self.run.watch is None:
+            return
+        for alarm in self.run.watch.look(self.steps.get("student", 0), signs):
+            self.alarms.append(alarm)
+            tracker.say(alarm)
 
 
 def identity_of(recipe: recipes.Recipe, data: str, phase: str) -> dict[str, Any]:

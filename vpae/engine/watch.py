@@ -61,7 +61,7 @@ class Watch:
     broken: dict[str, int] = field(default_factory=dict)
 
     def look(self, step: int, signs: dict[str, float]) -> list[str]:
-        """Take the signs of student step ``step``; returns the alarms raised now.
+        """Take the signs of student step ``step``, by tag (``head/logit_fake``); returns the alarms raised now.
 
         Raises:
             Collapse: an alarm, where the recipe says ``action: stop``.
@@ -72,6 +72,11 @@ class Watch:
         checks = [
             ("motion_ratio", lambda v: v < limits.min_motion_ratio, "motion is dying (a still picture scores 0)"),
             ("motion_ratio", lambda v: v > limits.max_motion_ratio, "motion is exploding (flicker)"),
+            (
+                "motion_ratio_to_reference",
+                lambda v: not limits.min_motion_ratio <= v <= limits.max_motion_ratio,
+                "sampled clips do not move as the teacher's (or real ones) do",
+            ),
             ("frame0_likeness", lambda v: v > limits.max_frame0_likeness, "frames are copies of the first"),
             (
                 "channel_drift",
@@ -82,13 +87,14 @@ class Watch:
             ("logit_real", lambda v: abs(v) > limits.max_logit, "the head is saturated"),
         ]
         alarms = []
-        for sign, is_broken, meaning in checks:
-            if sign not in signs:
-                continue
-            key = f"{sign}: {meaning}"
-            self.broken[key] = self.broken.get(key, 0) + 1 if is_broken(signs[sign]) else 0
-            if self.broken[key] == limits.patience:
-                alarms.append(f"watch: step {step}, {sign} {signs[sign]:.3g}: {meaning}")
+        for tag, value in signs.items():
+            for sign, is_broken, meaning in checks:
+                if tag.split("/")[-1] != sign:
+                    continue
+                key = f"{tag}: {meaning}"
+                self.broken[key] = self.broken.get(key, 0) + 1 if is_broken(value) else 0
+                if self.broken[key] == limits.patience:
+                    alarms.append(f"watch: step {step}, {tag} {value:.3g}: {meaning}")
         if alarms and limits.action == "stop":
             raise Collapse(f"{alarms[0]}; stopped because watch.action is stop (lower the learning rate, or warn only)")
         return alarms

@@ -6,7 +6,6 @@ from typing import Any
 
 from vpae import __version__
 from vpae import recipe as recipes
-from vpae.data.bounce import World
 from vpae.loading import Model
 
 _CARD = """---
@@ -30,7 +29,7 @@ pipe = WanImageToVideoPipeline.from_pretrained("THIS_FOLDER", torch_dtype=torch.
 frames = pipe(
     image=load_image("first_frame.png"),
     prompt="{prompt}",
-    height={size}, width={size}, num_frames={frames},
+    height={height}, width={width}, num_frames={frames},
     num_inference_steps=1, guidance_scale=1.0,
 ).frames[0]
 export_to_video(frames, "out.mp4", fps=8)
@@ -44,9 +43,9 @@ export_to_video(frames, "out.mp4", fps=8)
 {metrics}"""
 
 
-def model_card(model: Model, world: World, metrics: dict[str, Any] | None) -> str:
+def model_card(model: Model, metrics: dict[str, Any] | None) -> str:
     """Markdown: what it is, how to call it, how good it is."""
-    table = ""
+    table, (num_frames, height, width) = "", model.shape
     if metrics:
         rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
         table = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}\n"
@@ -55,7 +54,8 @@ def model_card(model: Model, world: World, metrics: dict[str, Any] | None) -> st
         version=__version__,
         digest="unknown" if model.recipe is None else recipes.digest(model.recipe),
         prompt="A red ball moves right fast. No gravity.",
-        size=world.size,
-        frames=world.num_frames,
+        height=height,
+        width=width,
+        frames=num_frames,
         metrics=table,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -88,7 +89,7 @@ def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = 
     )
     if model.recipe is not None:
         write_text(partial / "recipe.yaml", recipes.dump(model.recipe))
-    write_text(partial / "README.md", model_card(model, model.world, metrics))
+    write_text(partial / "README.md", model_card(model, metrics))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return proof
@@ -98,17 +99,18 @@ def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = 
 def prove(model: Model, folder: Path) -> Proof:
     """Call the reloaded pipeline as a user would and compare with our sampler on the same noise."""
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
-    clip = make_clip(model.world, "test", 0)
-    condition = encoders.condition([clip.frames[0]], [clip.caption], clip.world.num_frames)
+    clip, (num_frames, height, width) = make_clip(model.world, "test", 0), model.shape
+    picture = Image.fromarray(clip.frames[0]).resize((width, height))
+    condition = encoders.condition([np.asarray(picture)], [clip.caption], num_frames)
     draws = Draws(seed_of("proof"), [0], encoders.device)
     ours = sample_latents(model.role, condition, None, draws, steps=1)
     pipeline = load_pipeline(folder, transformer=True).to(encoders.device)
     theirs = pipeline(
-        image=Image.fromarray(clip.frames[0]),
+        image=picture,
         prompt=clip.caption,
-        height=clip.world.size,
-        width=clip.world.size,
-        num_frames=clip.world.num_frames,
+        height=height,
+        width=width,
+        num_frames=num_frames,
         num_inference_steps=1,
         guidance_scale=1.0,
         latents=draws.normal_like("sample noise", condition.latent),
