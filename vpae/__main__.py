@@ -124,7 +124,7 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
         from vpae.commands import cache
 
         return cache(arguments, start())
-    if arguments.command != "quickstart" and int(os.environ.get("RANK", "0")) > 0:
+    if arguments.command not in ("quickstart", "evaluate") and int(os.environ.get("RANK", "0")) > 0:
         return True  # these need one process
     if arguments.command == "sample":
         from vpae.commands import sample
@@ -133,7 +133,7 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
     if arguments.command == "evaluate":
         from vpae.commands import evaluate
 
-        return evaluate(arguments)
+        return evaluate(arguments, start())
     if arguments.command == "export":
         from vpae.commands import export
 

@@ -116,8 +116,8 @@ def sample(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def evaluate(arguments: argparse.Namespace) -> bool:
-    """Judge a model on Bounce clips."""
+def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
+    """Judge a model on Bounce clips; every rank samples a part of them."""
     model = load_model(arguments.model, arguments.role)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
     clips = clips_of(model.world, arguments.split, arguments.clips)
@@ -130,7 +130,10 @@ def evaluate(arguments: argparse.Namespace) -> bool:
         batch=arguments.batch,
         sampler=arguments.sampler,
         guidance_scale=arguments.guidance_scale,
+        processes=processes,
     )
+    if not processes.is_main:
+        return True
     values, errors = sampled.scores.values, sampled.scores.errors
     print(f"{model.source}: {sampled.nfe} NFE on {len(clips)} {arguments.split} clips")
     units = {"frame0_psnr": " dB", "trajectory_error": " px"}

@@ -14,6 +14,7 @@ from vpae.data.bounce import Clip, World, make_clip
 from vpae.data.encoders import Encoders
 from vpae.data.judge import SetScores, judge_set
 from vpae.draws import Draws, seed_of
+from vpae.engine.parallel import Processes, alone
 from vpae.roles import Role
 from vpae.sampling import sample_latents
 
@@ -64,21 +65,25 @@ def sample_clips(
     guidance_scale: float = 1.0,
     negative_prompt: str = "",
     label: str = "sampling",
+    processes: Processes | None = None,
 ) -> Sampled:
     """Sample one video a clip from its first frame and caption, and judge them.
 
-    The noise belongs to (seed, clip's place in the list): the same for every model and batch size.
+    The noise belongs to (seed, clip's place in the list): the same for every model, batch size and number of ranks.
+    Every rank of ``processes`` samples a part with its own whole network, and all return the same.
     """
+    processes = processes or alone()
     null_text = encoders.texts([negative_prompt])
-    frames: list[np.ndarray] = []
+    frames: dict[int, np.ndarray] = {}
     seconds = 0.0
-    for start in tqdm(range(0, len(clips), batch), desc=label, unit="batch", leave=False):
+    mine = range(processes.rank * batch, len(clips), processes.size * batch)
+    for start in tqdm(mine, desc=label, unit="batch", leave=False, disable=not processes.is_main):
         part = clips[start : start + batch]
         condition = encoders.condition([c.frames[0] for c in part], [c.caption for c in part], part[0].world.num_frames)
         condition = condition.widened(null_text.shape[1])
         draws = Draws(seed_of(seed, "evaluation"), range(start, start + len(part)), encoders.device)
         null = condition.null(null_text) if guidance_scale != 1.0 else None
-        if start == 0:  # the first forward allocates and chooses kernels: it is not timed
+        if start == mine[0]:  # the first forward allocates and chooses kernels: it is not timed
             role.velocity(
                 draws.normal_like("warm-up", condition.latent), condition.latent.new_ones(len(part)), condition
             )
@@ -96,6 +101,9 @@ def sample_clips(
         if latents.is_cuda:
             latents.sum().item()  # wait for the device before the clock is read
         seconds += time.perf_counter() - started
-        frames += encoders.decode(latents)
+        frames |= enumerate(encoders.decode(latents), start)
+    parts = processes.gather((frames, seconds))
+    videos = [video for _, video in sorted(item for part, _ in parts for item in part.items())]
+    seconds = sum(spent for _, spent in parts)
     nfe = steps * (1 if guidance_scale == 1.0 else 2)
-    return Sampled(frames, judge_set(frames, list(clips)), seconds / len(clips), nfe)
+    return Sampled(videos, judge_set(videos, list(clips)), seconds / len(clips), nfe)

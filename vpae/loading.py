@@ -11,7 +11,7 @@ from vpae.backbone import Backbone
 from vpae.data.bounce import World
 from vpae.data.encoders import load_transformer
 from vpae.engine import checkpoint as checkpoints
-from vpae.engine.parallel import Processes, device_of_rank
+from vpae.engine.parallel import alone, device_of_rank
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
 from vpae.models import Cast, distillation_cast, fake_score, find_model, fresh_transformer, judge_of, wrap
@@ -69,11 +69,6 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     stored = folder / RECIPE
     recipe = recipes.load(stored) if stored.is_file() else None
     return Model(Role("model", _plain_backbone(transformer)), folder, recipe, str(folder))
-
-
-def alone() -> Processes:
-    """This process by itself: what is sampled, judged or exported is loaded whole, without the other ranks."""
-    return Processes(0, 1, device_of_rank(), None)
 
 
 def _plain_backbone(transformer) -> Backbone:

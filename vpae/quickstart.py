@@ -54,7 +54,7 @@ def quickstart(path: Path | None, overrides: tuple[str, ...], folder: Path, fres
         processes.together(lambda: shutil.rmtree(folder), main_only=True)
     if not distill(recipe, folder, True, processes):
         return False
-    processes.together(lambda: compare(recipe, folder, started), main_only=True)
+    compare(recipe, folder, started, processes)
     return True
 
 
@@ -64,12 +64,18 @@ def seconds_training(folder: Path) -> float:
     return sum(float(checkpoint.state["seconds"]) for checkpoint in found if checkpoint is not None)
 
 
-def compare(recipe: Distill, folder: Path, started: float) -> dict[str, Any]:
-    """Export the student, judge it beside its teacher, write results, comparison and report."""
+def compare(recipe: Distill, folder: Path, started: float, processes: Processes) -> None:
+    """Judge the student beside its teacher (all ranks), export it, write results, comparison and report (rank 0)."""
     student, teacher = load_model(folder), load_model(folder, "teacher")
     encoders = Encoders(student.pipeline, student.role.backbone.transformer.device)
     clips = clips_of(student.world, "test", recipe.evaluate.clips)
-    rows = judge_rows(recipe, student, teacher, encoders, clips)
+    rows = processes.together(lambda: judge_rows(recipe, student, teacher, encoders, clips, processes))
+    processes.together(lambda: _write(recipe, folder, started, student, clips, rows), main_only=True)
+
+
+def _write(
+    recipe: Distill, folder: Path, started: float, student: Model, clips: list[Clip], rows: dict[str, Sampled]
+) -> None:
     real = judge_set([c.frames for c in clips], clips)
     summary = summarise(rows)
     proof = export_student(student, folder / "student", {k: f"{v:.4g}" for k, v in summary.items()})
@@ -87,11 +93,10 @@ def compare(recipe: Distill, folder: Path, started: float) -> dict[str, Any]:
     }
     write_json(folder / "results.json", results)
     show(recipe, folder, clips, real, rows, results)
-    return results
 
 
 def judge_rows(
-    recipe: Distill, student: Model, teacher: Model, encoders: Encoders, clips: list[Clip]
+    recipe: Distill, student: Model, teacher: Model, encoders: Encoders, clips: list[Clip], processes: Processes
 ) -> dict[str, Sampled]:
     """Teacher at full and at one step, student at one and four, on the same clips and the same noise."""
     settings = recipe.evaluate
@@ -112,6 +117,7 @@ def judge_rows(
             batch=settings.batch,
             negative_prompt=recipe.data.negative_prompt,
             label=name,
+            processes=processes,
             **options,
         )
         for name, (model, options) in plans.items()

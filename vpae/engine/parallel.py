@@ -62,6 +62,13 @@ class Processes:
         dist.all_reduce(mine)
         return dict(zip(keys, (mine / self.size).tolist(), strict=True))
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in order, on every rank; for plain objects and arrays."""
+        values: list[T] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -94,6 +101,11 @@ def device_of_rank() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def alone() -> Processes:
+    """This process by itself: what is sampled, judged or exported is loaded whole, without the other ranks."""
+    return Processes(0, 1, device_of_rank(), None)
 
 
 def start() -> Processes:
