@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from vpae.data.bounce import Clip, World, make_clip
 from vpae.data.encoders import Encoders
-from vpae.data.judge import SetScores, judge_set
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import Processes, alone
+from vpae.judge.judge import SetScores, judge_set
 from vpae.roles import Role
 from vpae.sampling import sample_latents
 

@@ -11,7 +11,6 @@ from typing import Any
 from vpae import recipe as recipes
 from vpae.data.bounce import Clip
 from vpae.data.encoders import Encoders
-from vpae.data.judge import SetScores, judge_set
 from vpae.distill import PHASES, distill
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes
@@ -19,6 +18,7 @@ from vpae.engine.tracking import read_log
 from vpae.errors import UserError
 from vpae.evaluation import Sampled, clips_of, sample_clips
 from vpae.export.diffusers import export_student
+from vpae.judge.judge import SetScores, judge_set
 from vpae.loading import Model, load_model
 from vpae.recipe import Distill
 from vpae.report import Variant, format_headline, format_table, write_comparison, write_report

@@ -8,8 +8,8 @@ import numpy as np
 from scipy import ndimage
 
 from vpae.data.bounce import World, empty_frame, render_frame
-from vpae.data.detect import Blob
-from vpae.data.scales import ramp
+from vpae.judge.detect import Blob
+from vpae.judge.scales import ramp
 
 FOREGROUND = 24.0  # levels (L2) off the empty box from which a pixel counts as drawn: 6 sigma of a 32 dB codec's noise
 HALO = 2  # px around the drawn region that belong to it: where a soft edge spills
@@ -80,7 +80,7 @@ def frame_quality(
 
     Args:
         frames: uint8 ``[F, H, W, 3]``.
-        blobs: what :func:`vpae.data.detect.detect_balls` found in each frame.
+        blobs: what :func:`vpae.judge.detect.detect_balls` found in each frame.
         balls: how many balls the caption names.
 
     Returns:

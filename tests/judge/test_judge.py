@@ -22,8 +22,8 @@ from vpae.data.bounce import (
     rerun,
     simulate,
 )
-from vpae.data.judge import MEASURES, judge_clip, judge_set, summarise
 from vpae.errors import UserError
+from vpae.judge.judge import MEASURES, judge_clip, judge_set, summarise
 
 WORLD = World()
 COUNT = 48

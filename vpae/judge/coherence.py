@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vpae.data.bounce import Clip, initial_velocity, read_caption
-from vpae.data.detect import Blob
-from vpae.data.scales import owed, ramp
-from vpae.data.tracks import Flight, Track, claim_tracks, contacts, count_agreement, flights, simulated_flights
+from vpae.judge.detect import Blob
+from vpae.judge.scales import owed, ramp
+from vpae.judge.tracks import Flight, Track, claim_tracks, contacts, count_agreement, flights, simulated_flights
 
 COUNT_BUDGET = 0.5  # share of its balls that a clip may lose or gain over its frames before nothing is left
 STEP_BUDGET = 4.0  # impossible steps of a ball that leave nothing: one teleport costs its ball a quarter

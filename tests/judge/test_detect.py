@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from vpae.data.bounce import COLOURS, World, empty_frame, make_clip, render
-from vpae.data.detect import detect_balls
+from vpae.judge.detect import detect_balls
 
 WORLD = World()
 

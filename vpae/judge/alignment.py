@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vpae.data.bounce import Clip, initial_velocity, read_caption
-from vpae.data.detect import Blob
-from vpae.data.scales import owed, ramp, weighted
-from vpae.data.tracks import Flight, Track, count_agreement, detected_flights, simulated_flights
+from vpae.judge.detect import Blob
+from vpae.judge.scales import owed, ramp, weighted
+from vpae.judge.tracks import Flight, Track, count_agreement, detected_flights, simulated_flights
 
 WEIGHTS = {"direction": 0.35, "speed": 0.15, "law": 0.20, "kept": 0.30}  # direction is most of what a caption says
 AIM_FRAMES = 8  # frames of the first flight that tell direction and speed: half a clip, before small errors add up
@@ -122,7 +122,7 @@ def semantic_alignment(
 
     Args:
         blobs: the detected balls of each frame.
-        tracks: for each captioned ball its track, see :func:`vpae.data.tracks.captioned_tracks`.
+        tracks: for each captioned ball its track, see :func:`vpae.judge.tracks.captioned_tracks`.
         clip: the simulator's clip with the caption.
 
     Returns:

@@ -15,7 +15,7 @@ from scipy.ndimage import maximum_filter1d
 from scipy.optimize import linear_sum_assignment
 
 from vpae.data.bounce import Clip, World
-from vpae.data.detect import Blob
+from vpae.judge.detect import Blob
 
 CONTACT_MARGIN = 0.75  # px at size 64 of path a contact may be missed by: position error of a good model's two frames
 FIT_FRAMES = 5  # shortest flight whose acceleration is fitted: with 4 frames the fit's error equals the jitter itself

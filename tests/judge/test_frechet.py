@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from vpae.data.bounce import World, make_clip
-from vpae.data.frechet import clip_features, frechet_distance
+from vpae.judge.frechet import clip_features, frechet_distance
 
 WORLD = World()
 COUNT = 48

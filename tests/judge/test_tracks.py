@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vpae.data.bounce import World, make_clip
-from vpae.data.detect import Blob
-from vpae.data.tracks import FIT_FRAMES, claim_tracks, contacts, flights, link, simulated_flights
+from vpae.judge.detect import Blob
+from vpae.judge.tracks import FIT_FRAMES, claim_tracks, contacts, flights, link, simulated_flights
 
 WORLD = World()
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vpae.data.alignment import semantic_alignment, trajectory_error
 from vpae.data.bounce import Clip
-from vpae.data.coherence import temporal_coherence
-from vpae.data.detect import detect_balls
-from vpae.data.frechet import clip_features, frechet_distance
-from vpae.data.quality import dynamic_degree, frame0_psnr, frame_quality
-from vpae.data.tracks import captioned_tracks, link
 from vpae.errors import UserError
+from vpae.judge.alignment import semantic_alignment, trajectory_error
+from vpae.judge.coherence import temporal_coherence
+from vpae.judge.detect import detect_balls
+from vpae.judge.frechet import clip_features, frechet_distance
+from vpae.judge.quality import dynamic_degree, frame0_psnr, frame_quality
+from vpae.judge.tracks import captioned_tracks, link
 
 MEASURES = ("sa", "tc", "fq", "mean", "dynamic_degree", "frame0_psnr", "trajectory_error")
 
@@ -56,7 +56,7 @@ class SetScores:
         values: mean over the clips of each of :data:`MEASURES`.
         errors: standard error of each mean; NaN for a single clip.
         parts: mean of each sub-score over the clips in which it could be judged.
-        frechet: Frechet distance to the simulator's clips, see :mod:`vpae.data.frechet`; NaN below two clips.
+        frechet: Frechet distance to the simulator's clips, see :mod:`vpae.judge.frechet`; NaN below two clips.
     """
 
     count: int
