@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from vpae import recipe as recipes
@@ -52,3 +53,25 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0
     """Names of the tensors that differ by more than ``tolerance``; both must have the same names."""
     assert a.keys() == b.keys()
     return [name for name in a if not torch.allclose(a[name], b[name], rtol=0, atol=tolerance)]
+
+
+def tiny_transformer(**changes) -> WanTransformer3DModel:
+    """A WanTransformer3DModel in the I2V layout, small enough for unit tests, on the current default device."""
+    config = dict(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=36,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=4,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=1e-6,
+        image_dim=16,
+        added_kv_proj_dim=24,
+        rope_max_seq_len=64,
+    )
+    return WanTransformer3DModel(**(config | changes))

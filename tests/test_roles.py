@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
+from helpers import tiny_transformer
 
-from vpae.backbone import Backbone, tiny_transformer
+from vpae.backbone import Backbone
 from vpae.conditioning import Condition, first_frame_mask
 from vpae.draws import generator_of
 from vpae.engine.parallel import Processes

@@ -59,10 +59,6 @@ class Backbone(nn.Module):
         self.adapter: str | None = None
 
     @property
-    def num_layers(self) -> int:
-        return len(self.transformer.blocks)
-
-    @property
     def feature_dim(self) -> int:
         config = self.transformer.config
         return config.num_attention_heads * config.attention_head_dim
@@ -183,25 +179,3 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.transformer.patch_embedding.weight.dtype
-
-
-def tiny_transformer(**changes) -> WanTransformer3DModel:
-    """A WanTransformer3DModel in the I2V layout, small enough for unit tests, on the current default device."""
-    config = dict(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=36,
-        out_channels=16,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=4,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=1e-6,
-        image_dim=16,
-        added_kv_proj_dim=24,
-        rope_max_seq_len=64,
-    )
-    return WanTransformer3DModel(**(config | changes))

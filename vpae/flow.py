@@ -38,11 +38,6 @@ def x0_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     return x_t - expand_time(t, x_t) * velocity
 
 
-def noise_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """Read-out of the noise prediction, ``x_t + (1 - t) v``."""
-    return x_t + (1 - expand_time(t, x_t)) * velocity
-
-
 def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance, ``uncond + w (cond - uncond)``: w = 1 is the conditional prediction."""
     return unconditional + guidance_scale * (conditional - unconditional)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vpae.flow import velocity_target
+
 
 def per_sample_mean(x: Tensor) -> Tensor:
     """Mean over everything but the batch, ``[B]``."""
@@ -18,7 +20,7 @@ def per_sample_mean(x: Tensor) -> Tensor:
 
 def flow_matching(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """``|| (noise - x0) - v ||^2`` per element: the fake score's loss in V-PAE phase I, the teacher's in training."""
-    return F.mse_loss(velocity.float(), (noise - x0).float())
+    return F.mse_loss(velocity.float(), velocity_target(x0, noise).float())
 
 
 def vsd_gradient(

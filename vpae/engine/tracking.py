@@ -39,12 +39,10 @@ class Tracker:
         self.bar = tqdm(total=turns, initial=first, desc=label, unit="turn", dynamic_ncols=True, mininterval=0.5)
         self.started = time.monotonic()
 
-    def advance(self, **shown: float) -> None:
-        """One turn done; ``shown`` goes beside the bar."""
+    def advance(self) -> None:
+        """One turn done."""
         if self.active:
             self.bar.update()
-            if shown:
-                self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
     def scalars(self, turn: int, values: dict[str, float]) -> None:
         """Log values under their tags."""
