@@ -12,7 +12,14 @@ def _vae_recipe(micro_recipe):
     optimiser = micro_recipe["priming"]["student_optimiser"] | {"schedule": "cosine"}
     source = micro_recipe["data"]["source"]
     stages = [{"steps": 2, "frames": 1, "batch": 2}, {"steps": 2, "frames": 5, "batch": 1}]
-    training = {"stages": stages, "absolute_weight": 0.1, "kl_weight": 1e-4, "ema_decay": 0.9, "optimiser": optimiser}
+    training = {
+        "trained": "all",
+        "stages": stages,
+        "absolute_weight": 0.1,
+        "kl_weight": 1e-4,
+        "ema_decay": 0.9,
+        "optimiser": optimiser,
+    }
     return {
         "kind": "vae",
         "name": "micro_vae",

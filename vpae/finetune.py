@@ -56,6 +56,8 @@ def first_vae(recipe: FinetuneVae) -> AutoencoderKLWan:
         with quiet():
             given = AutoencoderKLWan.from_pretrained(recipe.init, use_safetensors=True, local_files_only=True)
         vae.load_state_dict(given.state_dict())
+        if recipe.training.trained == "decoder":
+            vae.register_to_config(latents_mean=given.config.latents_mean, latents_std=given.config.latents_std)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"init {recipe.init!r} is not a VAE of the recipe's architecture: {reason}") from None
@@ -66,7 +68,9 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
     """Train a VAE; at the end ``folder/vae`` is a diffusers folder with its latents' mean and std measured."""
     open_folder(folder, recipe, resume, processes)
     source = open_source(recipe.source)
-    method = VaeMethod(recipe.training, first_vae(recipe).to(processes.device))
+    first = first_vae(recipe)
+    moments = (first.config.latents_mean, first.config.latents_std) if recipe.training.trained == "decoder" else None
+    method = VaeMethod(recipe.training, first.to(processes.device))
     for stage in recipe.training.stages:
         if stage.frames % 4 != 1 or stage.batch % processes.size:
             raise UserError(
@@ -106,13 +110,17 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
     if not trainer.train():
         return False
     state = {name.removeprefix("vae."): whole(p).cpu() for name, p in method.ema.state_dict().items()}
-    processes.together(lambda: _finish_vae(recipe, state, source, folder), main_only=True)
+    processes.together(lambda: _finish_vae(recipe, state, moments, source, folder), main_only=True)
     return True
 
 
 @torch.no_grad()
-def _finish_vae(recipe: FinetuneVae, state: dict, source: Source, folder: Path) -> None:
-    """Measure the latents' moments on training clips and the PSNR on test clips; write the diffusers folder.
+def _finish_vae(
+    recipe: FinetuneVae, state: dict, moments: tuple[list, list] | None, source: Source, folder: Path
+) -> None:
+    """Measure the latents' moments on training clips (unless given: the encoder was kept) and the PSNR on test clips.
+
+    Writes the diffusers folder.
 
     Video files have no test split of their own: there the PSNR is of training clips, and the report says so.
     """
@@ -123,18 +131,17 @@ def _finish_vae(recipe: FinetuneVae, state: dict, source: Source, folder: Path) 
     def pixels(clips: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
-    generator = np.random.Generator(np.random.PCG64(seed_of(recipe.seed, "moments")))
-    chosen = generator.choice(len(source), min(128, len(source)), replace=False)
-    latents = torch.cat(
-        [
-            vae.encode(pixels([source[int(i)].frames for i in chosen[k : k + 8]])).latent_dist.mode()
-            for k in range(0, len(chosen), 8)
-        ]
-    )
-    vae.register_to_config(
-        latents_mean=[round(v, 6) for v in latents.mean((0, 2, 3, 4)).tolist()],
-        latents_std=[round(v, 6) for v in latents.std((0, 2, 3, 4)).tolist()],
-    )
+    if moments is None:
+        generator = np.random.Generator(np.random.PCG64(seed_of(recipe.seed, "moments")))
+        chosen = generator.choice(len(source), min(128, len(source)), replace=False)
+        latents = torch.cat(
+            [
+                vae.encode(pixels([source[int(i)].frames for i in chosen[k : k + 8]])).latent_dist.mode()
+                for k in range(0, len(chosen), 8)
+            ]
+        )
+        moments = tuple([round(v, 6) for v in of((0, 2, 3, 4)).tolist()] for of in (latents.mean, latents.std))
+    vae.register_to_config(latents_mean=list(moments[0]), latents_std=list(moments[1]))
     vae.save_pretrained(folder / "vae", max_shard_size="15MB")
     held_out = {"split": "test", "start": 0, "count": recipe.evaluate_clips}
     is_bounce = recipe.source.get("kind") == "bounce"

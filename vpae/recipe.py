@@ -238,8 +238,12 @@ class VaeStage:
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """Reconstruction (squared + absolute error) and a small KL term; losses per element on [-1, 1] pixels."""
+    """Reconstruction (squared + absolute error) and a small KL term; losses per element on [-1, 1] pixels.
 
+    ``trained: decoder`` leaves encoder and latents as they are, so that what was trained on them stays right.
+    """
+
+    trained: Literal["all", "decoder"]
     stages: tuple[VaeStage, ...]
     absolute_weight: float
     kl_weight: float
@@ -351,6 +355,11 @@ def _check(recipe: Recipe, where: str) -> None:
         engine.global_batch % engine.micro_batch == 0,
         f"engine.global_batch {engine.global_batch} is not a multiple of engine.micro_batch {engine.micro_batch}",
     )
+    if isinstance(recipe, FinetuneVae):
+        need(
+            recipe.training.trained == "all" or recipe.init is not None,
+            "training.trained is decoder, so init must name the VAE whose encoder is kept",
+        )
     if not isinstance(recipe, Distill):
         return
     need(recipe.priming is not None or recipe.equilibrium is not None, "both phases are null: nothing to do")

@@ -15,6 +15,8 @@ from vpae.methods.base import Ema, Outcome, Player
 from vpae.recipe import VaeStage
 from vpae.recipe import VaeTraining as Settings
 
+_DECODER = ("vae.decoder.", "vae.post_quant_conv.")
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -27,13 +29,14 @@ class Frames:
 class Autoencoder(nn.Module):
     """Encode, sample the posterior, decode: one forward, so that sharding sees it whole."""
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, trains_encoder: bool) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.trains_encoder = vae, trains_encoder
 
     def forward(self, frames: Frames) -> tuple[Tensor, Tensor]:
         """Reconstruction ``[B, 3, F, H, W]`` and KL per latent element (a scalar)."""
-        posterior = self.vae.encode(frames.pixels).latent_dist
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_encoder):
+            posterior = self.vae.encode(frames.pixels).latent_dist
         latents = posterior.mean + posterior.std * frames.draws.normal_like("posterior", posterior.mean)
         # diffusers sums channels, frames and rows and leaves columns
         kl = posterior.kl().flatten(1).sum(1).mean() / posterior.mean[0].numel()
@@ -48,7 +51,7 @@ class VaeMethod:
 
     def __init__(self, settings: Settings, vae: AutoencoderKLWan) -> None:
         self.settings = settings
-        self.model = Autoencoder(vae)
+        self.model = Autoencoder(vae, settings.trained == "all")
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.turns = sum(stage.steps for stage in settings.stages)
         self.attach()
@@ -56,7 +59,11 @@ class VaeMethod:
     def attach(self) -> None:
         """(Re)collect the parameters; called again after sharding, which replaces them."""
         follow = Ema("ema", dict(self.ema.named_parameters()), self.settings.ema_decay)
-        mine = dict(self.model.named_parameters())
+        mine = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if self.model.trains_encoder or name.startswith(_DECODER)
+        }
         self.players = {"vae": Player("vae", mine, self.settings.optimiser, self.turns, follow)}
 
     def player_of(self, turn: int) -> str:
