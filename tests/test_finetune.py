@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from conftest import MICRO_TRANSFORMER, MICRO_VAE
+from diffusers import AutoencoderKLWan
 from helpers import differing, read_tensors, write_recipe
+
+from vpae import recipe as recipes
+from vpae.engine.parallel import start
+from vpae.engine.trainer import Trainer
+from vpae.errors import UserError
+from vpae.finetune import finetune
 
 
 def _vae_recipe(micro_recipe):
@@ -69,11 +77,6 @@ def test_vae_then_teacher_then_a_pipeline_that_samples(vpae, micro_recipe, tmp_p
 
 
 def test_vae_training_resumes_exactly_inside_its_curriculum(micro_recipe, tmp_path):
-    from vpae import recipe as recipes
-    from vpae.engine.parallel import start
-    from vpae.engine.trainer import Trainer
-    from vpae.finetune import finetune
-
     recipe = recipes.from_plain(_vae_recipe(micro_recipe), "test")
     assert finetune(recipe, tmp_path / "whole", False, start())
     train, stop = Trainer.train, {"until": 1}
@@ -86,3 +89,21 @@ def test_vae_training_resumes_exactly_inside_its_curriculum(micro_recipe, tmp_pa
         Trainer.train = train
     assert finetune(recipe, tmp_path / "parts", True, start())
     assert differing(read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "parts")) == []
+
+
+def test_training_the_decoder_alone_leaves_the_latents_as_they_are(micro_recipe, tmp_path):
+    """A teacher was trained on those latents: encoder and their mean and std must not move."""
+    plain = _vae_recipe(micro_recipe)
+    assert finetune(recipes.from_plain(plain, "test"), tmp_path / "all", False, start())
+    plain["training"]["trained"] = "decoder"
+    with pytest.raises(UserError, match="trained is decoder, so init must name the VAE"):
+        recipes.from_plain(plain, "test")
+    plain |= {"init": str(tmp_path / "all" / "vae"), "source": plain["source"] | {"start": 50}}
+    assert finetune(recipes.from_plain(plain, "test"), tmp_path / "decoder", False, start())
+    before, after = (AutoencoderKLWan.from_pretrained(tmp_path / name / "vae") for name in ("all", "decoder"))
+    changed = set(differing(before.state_dict(), after.state_dict()))
+    kept = {name for name in before.state_dict() if name.startswith(("encoder.", "quant_conv."))}
+    assert kept and not changed & kept
+    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+    assert before.config.latents_mean == after.config.latents_mean
+    assert before.config.latents_std == after.config.latents_std
