@@ -137,6 +137,7 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
             "engine": {
                 "global_batch": 4,
                 "micro_batch": 2,
+                "parallel": "fsdp",
                 "precision": "fp32",
                 "checkpointing": False,
                 "compile": False,

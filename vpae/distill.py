@@ -14,7 +14,7 @@ from vpae.data.cache import Cache, prepare
 from vpae.data.encoders import Encoders
 from vpae.draws import generator_of, seed_of
 from vpae.engine import checkpoint as checkpoints
-from vpae.engine.parallel import Processes, shard_module
+from vpae.engine.parallel import Processes, placed, shard_module
 from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
@@ -49,6 +49,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     """
     if not isinstance(recipe, Distill):
         raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae finetune")
+    processes = placed(processes, recipe.engine.parallel)
     open_folder(folder, recipe, resume, processes)
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
     cache = prepare(recipe.data, encoders, processes)

@@ -15,7 +15,7 @@ from vpae.data.encoders import Encoders, load_transformer, quiet
 from vpae.data.sources import Source, open_source
 from vpae.data.tiny import write_encoders
 from vpae.draws import Draws, seed_of
-from vpae.engine.parallel import Processes, shard_module, whole
+from vpae.engine.parallel import Processes, placed, shard_module, whole
 from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
@@ -259,6 +259,7 @@ def finetune(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proc
     Raises:
         UserError: the recipe is one of distillation, or anything the training finds wrong.
     """
+    processes = placed(processes, recipe.engine.parallel)
     if isinstance(recipe, FinetuneVae):
         return train_vae(recipe, folder, resume, processes)
     if isinstance(recipe, FinetuneFlow):

@@ -139,10 +139,13 @@ class Engine:
     """How a run is carried out; only ``global_batch``, ``precision`` and ``compile`` change what is learnt.
 
     ``micro_batch`` is the most samples that a rank computes at once; the rest of its share is accumulated.
+    ``parallel`` says how several ranks hold the weights: ``fsdp`` in shards, gathered block by block, as a large model
+    needs it; ``replicate`` whole on every rank, where only gradients travel, faster where it fits.
     """
 
     global_batch: int
     micro_batch: int
+    parallel: Literal["fsdp", "replicate"]
     precision: Literal["fp32", "bf16"]
     checkpointing: bool
     compile: bool

@@ -21,10 +21,10 @@ def _ema(tensors):
     return {k: v for k, v in tensors.items() if k.startswith("ema.")}
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_two_ranks_equal_one_on_the_same_global_batch(vpae, micro_recipe, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "parallel"), [("full", "fsdp"), ("lora", "fsdp"), ("full", "replicate")])
+def test_two_ranks_equal_one_on_the_same_global_batch(vpae, micro_recipe, tmp_path, kind, parallel):
     """Gradients (Adam's first moment at beta1 = 0) agree to fp32 round-off for every player of both phases."""
-    micro_recipe["student"]["kind"] = kind
+    micro_recipe["student"]["kind"], micro_recipe["engine"]["parallel"] = kind, parallel
     micro_recipe["priming"]["student_steps"] = micro_recipe["equilibrium"]["student_steps"] = 1
     for ranks in (1, 2):
         _distil(vpae, micro_recipe, tmp_path / str(ranks), ranks=ranks)
@@ -40,8 +40,10 @@ def test_two_ranks_equal_one_on_the_same_global_batch(vpae, micro_recipe, tmp_pa
         assert float(gap.abs().mean()) < 1e-6
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(vpae, micro_recipe, tmp_path):
+@pytest.mark.parametrize("parallel", ["fsdp", "replicate"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(vpae, micro_recipe, tmp_path, parallel):
     short = copy.deepcopy(micro_recipe)
+    short["engine"]["parallel"] = parallel
     short["equilibrium"] = None
     whole = _distil(vpae, short, tmp_path / "one")
     assert whole.returncode == 0, whole.stderr[-2000:]

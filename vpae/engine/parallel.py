@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -34,7 +34,7 @@ class Processes:
         rank: 0 .. size - 1.
         size: number of processes.
         device: where this rank computes.
-        mesh: the data-parallel mesh, None for a single process.
+        mesh: the mesh that weights are sharded over; None for a single process, and where every rank holds them whole.
     """
 
     rank: int
@@ -137,6 +137,32 @@ def leave(status: int, together: bool = True) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def placed(processes: Processes, parallel: str) -> Processes:
+    """The processes as a recipe's ``engine.parallel`` wants them: without a mesh nothing is sharded."""
+    return replace(processes, mesh=None) if parallel == "replicate" else processes
+
+
+_BUCKET = 1 << 24  # elements that travel at once: 64 MB in fp32
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+    """Mean of the gradients over ranks that hold their weights whole; FSDP averages its shards itself."""
+    if processes.size == 1 or processes.mesh is not None:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    while gradients:
+        bucket = [gradients.pop()]
+        total = bucket[0].numel()
+        while gradients and total + gradients[-1].numel() <= _BUCKET and gradients[-1].dtype == bucket[0].dtype:
+            bucket.append(gradients.pop())
+            total += bucket[-1].numel()
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat)
+        flat /= processes.size
+        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def shard_backbone(backbone: Backbone, processes: Processes) -> None:

@@ -16,7 +16,7 @@ from vpae import recipe as recipes
 from vpae.draws import Draws
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine import optim
-from vpae.engine.parallel import Processes, autocast, reshard
+from vpae.engine.parallel import Processes, autocast, average_gradients, reshard
 from vpae.engine.stream import Stream
 from vpae.engine.tracking import Tracker
 from vpae.engine.watch import Collapse, Watch, vital_signs
@@ -250,6 +250,7 @@ class Trainer:
 
     def _step(self, player: Player, finite: Tensor) -> Tensor:
         parameters = list(player.parameters.values())
+        average_gradients(parameters, self.processes)
         norm = optim.gradient_norm(parameters)
         if self.processes.agree([not bool(finite & norm.isfinite())])[0]:
             for parameter in parameters:
