@@ -14,4 +14,5 @@ echo "== ruff"
 .venv/bin/ruff check --config launch/ruff.toml .
 .venv/bin/ruff format --check --config launch/ruff.toml .
 echo "== pytest"
-exec .venv/bin/python -m pytest "$@" </dev/null
+# a worker a core, a file a worker: what a file's tests share is made once
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@" </dev/null
