@@ -60,7 +60,9 @@ def _edge_sharpness(frame: np.ndarray, ideal: np.ndarray, blobs: Sequence[Blob],
     for blob in blobs:
         distance = np.hypot(grid[None, :] - blob.position[0], grid[:, None] - blob.position[1])
         ring = np.abs(distance - blob.radius) <= RING
-        slopes.append(float(np.sum(ours[ring] * theirs[ring]) / np.sum(theirs[ring] ** 2)))
+        edge = float(np.sum(theirs[ring] ** 2))
+        # a ball lying wholly under another one has no edge of its own to be sharp
+        slopes.append(float(np.sum(ours[ring] * theirs[ring])) / edge if edge else 0.0)
     # a slope above 1 is over-sharpening, as wrong as the same amount of softness
     return float(np.sum(np.maximum(1 - np.abs(1 - np.array(slopes)), 0))) / max(len(blobs), owed)
 
