@@ -106,4 +106,5 @@ def sample_clips(
     videos = [video for _, video in sorted(item for part, _ in parts for item in part.items())]
     seconds = sum(spent for _, spent in parts)
     nfe = steps * (1 if guidance_scale == 1.0 else 2)
-    return Sampled(videos, judge_set(videos, list(clips)), seconds / len(clips), nfe)
+    judged = processes.together(lambda: judge_set(videos, list(clips)), main_only=True)
+    return Sampled(videos, processes.gather(judged)[0], seconds / len(clips), nfe)
