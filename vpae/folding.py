@@ -13,7 +13,7 @@ import math
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,8 +65,11 @@ class FoldedTextProcessor(WanAttnProcessor):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(2, (attn.heads, -1))
 
+        # the process-wide default may be a backend without masks, set for some other model
+        backend = self._attention_backend or AttentionBackendName.NATIVE
+
         def attend(key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-            return dispatch_attention_fn(query, key, value, attn_mask=bias, backend=self._attention_backend).flatten(2)
+            return dispatch_attention_fn(query, key, value, attn_mask=bias, backend=backend).flatten(2)
 
         query = heads(attn.norm_q(attn.to_q(hidden_states)))
         key, value = heads(attn.norm_k(attn.to_k(text))), heads(attn.to_v(text))
