@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -192,3 +193,51 @@ def test_bad_clips_are_named(vpae, micro_recipe, tmp_path):
     second = folder / json.loads(lines[1])["file"]
     second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
     _refused(vpae("cache", recipe), second.name)
+
+
+def test_a_mistake_that_all_ranks_find_is_told_once(vpae, tmp_path):
+    done = vpae("distill", tmp_path / "no.yaml", ranks=2)
+    assert done.returncode != 0
+    assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1, done.stderr[-2000:]
+
+
+def test_without_an_install_one_line_says_what_to_do(tmp_path):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-m", "vpae", "evaluate", "folder"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "has no torch" in done.stderr and "install.sh" in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line(number, monkeypatch, capsys):
+    from vpae import __main__ as program
+
+    def full(arguments):
+        raise OSError(number, "no room", "outputs/log.jsonl")
+
+    monkeypatch.setattr(program, "_dispatch", full)
+    monkeypatch.setattr("sys.argv", ["vpae", "evaluate", "folder"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said.splitlines()) == 1
+    assert "no space left" in said and "outputs/log.jsonl" in said and "--resume" in said
+
+
+def test_another_fault_of_the_disk_is_not_taken_for_a_full_one(monkeypatch):
+    from vpae import __main__ as program
+
+    def broken(arguments):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(program, "_dispatch", broken)
+    monkeypatch.setattr("sys.argv", ["vpae", "evaluate", "folder"])
+    with pytest.raises(OSError, match="broken"):
+        program.main()

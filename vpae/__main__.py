@@ -182,7 +182,14 @@ def main() -> None:
     if getattr(arguments, "steps", 1) < 1:
         parser.error(f"--steps must be at least 1, not {arguments.steps}")
     _calm_libraries()
-    from vpae.engine.parallel import leave
+    try:
+        from vpae.engine.parallel import leave, speaks
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {sys.executable} has no {error.name}; install with ./launch/install.sh, then: source .venv/bin/activate",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
     # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
     signal.signal(signal.SIGTERM, _interrupt)
@@ -191,7 +198,8 @@ def main() -> None:
     except KeyboardInterrupt:
         finished = False
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if speaks():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         leave(2)
     except BrokenPipeError:
         leave(1)

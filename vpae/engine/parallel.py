@@ -139,6 +139,11 @@ def leave(status: int, together: bool = True) -> None:
     sys.exit(status)
 
 
+def speaks() -> bool:
+    """Whether this rank tells the user of a mistake; before the ranks are joined they all find the same, one a node."""
+    return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def placed(processes: Processes, parallel: str) -> Processes:
     """The processes as a recipe's ``engine.parallel`` wants them: without a mesh nothing is sharded."""
     return replace(processes, mesh=None) if parallel == "replicate" else processes
