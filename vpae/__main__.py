@@ -185,10 +185,8 @@ def main() -> None:
     try:
         from vpae.engine.parallel import leave, speaks
     except ModuleNotFoundError as error:
-        print(
-            f"error: {sys.executable} has no {error.name}; install with ./launch/install.sh, then: source .venv/bin/activate",
-            file=sys.stderr,
-        )
+        mend = "install with ./launch/install.sh, then: source .venv/bin/activate"
+        print(f"error: {sys.executable} has no {error.name}; {mend}", file=sys.stderr)
         sys.exit(2)
 
     # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
