@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from helpers import tiny_transformer
 from PIL import Image
 from torch import nn
@@ -124,6 +124,14 @@ class TestFolding:
         for name, gradient in theirs.items():
             assert gradient.abs().max() > 1e-6, name
             assert (ours[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
+
+    def test_keeps_the_backend_that_was_chosen_before(self):
+        transformer = make().transformer
+        with attention_backend("native"):
+            transformer.set_attention_backend("_native_math")
+        folded = Backbone(transformer, fold_text_padding=True)
+        chosen = {block.attn2.processor._attention_backend for block in folded.transformer.blocks}
+        assert chosen == {AttentionBackendName._NATIVE_MATH}
 
     def test_does_not_depend_on_the_default_backend_of_the_process(self):
         folded = make(fold=True)

@@ -35,10 +35,15 @@ class FoldedTextProcessor(WanAttnProcessor):
 
     @classmethod
     def install(cls, transformer: WanTransformer3DModel) -> list[int]:
-        """Give every cross-attention of the transformer a folding processor; returns their ``text_rows``."""
+        """Give every cross-attention of the transformer a folding processor; returns their ``text_rows``.
+
+        The attention backend chosen before stays chosen.
+        """
         shared = [0]
         for block in transformer.blocks:
-            block.attn2.set_processor(cls(shared))
+            folding = cls(shared)
+            folding._attention_backend = block.attn2.processor._attention_backend
+            block.attn2.set_processor(folding)
         return shared
 
     @staticmethod
