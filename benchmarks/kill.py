@@ -1,12 +1,15 @@
 """kill -9 at random moments: does a run end in the weights of an undisturbed one?
 
     python benchmarks/kill.py recipes/quickstart.yaml \\
-        --set priming.student_steps=20 equilibrium.student_steps=40 engine.checkpoint_every=7
+        --set priming.student_steps=12 equilibrium.student_steps=24 engine.checkpoint_every=7
 
 ``checkpoint_every`` is small so that kills fall between checkpoints of both phases.
 
-Runs the recipe once undisturbed, then once killed again and again at uniformly random moments and resumed, and compares
-every tensor of the last checkpoints (weights, EMA, optimisers) bit for bit. Writes benchmarks/results/kill_NAME.json.
+Runs the recipe once undisturbed, then kills and resumes it at random moments of the training (uniform over a third of
+its length after it has begun, so that one run lives through several kills; what happens before that is
+covered by every fourth kill, which comes at any moment after the start). A run that comes to its end is compared,
+every tensor of its last checkpoints (weights, EMA, optimisers) bit for bit, and another is begun until all kills have
+hit. Writes benchmarks/results/kill_NAME.json.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from vpae import recipe as recipes
 from vpae.engine import checkpoint as checkpoints
-from vpae.runs import environment, write_json
+from vpae.engine.tracking import read_log
+from vpae.files import write_json
+from vpae.runs import environment
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("priming", "equilibrium")
@@ -67,38 +72,60 @@ def main() -> None:
         base = [sys.executable, "-m", "vpae", "distill", str(arguments.recipe), "--output", str(folder), "--resume"]
         return [*base, "--set", *arguments.overrides] if arguments.overrides else base
 
-    started = time.monotonic()
-    subprocess.run(command(root / "undisturbed"), check=True)
-    took, generator, moments = time.monotonic() - started, random.Random(arguments.seed), []
-    while len(moments) < arguments.kills:
-        run = subprocess.Popen(command(root / "killed"))
-        moment = generator.uniform(0, took)
+    def progress(folder: Path) -> list[int]:
+        logs = [folder / phase / "log.jsonl" for phase in PHASES]
+        return [log.stat().st_mtime_ns if log.exists() else 0 for log in logs]
+
+    def killed(folder: Path, anywhere: bool) -> dict | None:
+        """Start or go on, kill at a random moment and say when; None if the run came to its end before."""
+        before, started = progress(folder), time.monotonic()
+        run = subprocess.Popen(command(folder))
+        while not anywhere and run.poll() is None and progress(folder) == before:
+            time.sleep(0.05)
+        ready = time.monotonic() - started
         try:
-            run.wait(timeout=moment)
+            if run.wait(timeout=generator.uniform(0, training / 3)) != 0:
+                sys.exit(f"a resumed run failed with status {run.returncode}")
+            return None
         except subprocess.TimeoutExpired:
             run.kill()
             run.wait()
-            moments.append(round(moment, 2))
-            print(f"kill {len(moments)} of {arguments.kills} after {moment:.1f} s", flush=True)
-            continue
-        shutil.rmtree(
-            root / "killed"
-        )  # it finished between kills: start over, so that every kill hits a running process
-    subprocess.run(command(root / "killed"), check=True)
-    names = differing(root / "undisturbed", root / "killed")
+        after = time.monotonic() - started
+        return {"seconds_after_start": round(after, 2), "seconds_of_training": round(after - ready, 2)} | (
+            {"anywhere": True} if anywhere else {}
+        )
+
+    started = time.monotonic()
+    subprocess.run(command(root / "undisturbed"), check=True)
+    took = time.monotonic() - started
+    training = sum(read_log(root / "undisturbed" / phase / "log.jsonl")[-1]["seconds"] for phase in PHASES)
+    generator, runs, hits = random.Random(arguments.seed), [], 0
+    while hits < arguments.kills:
+        folder, kills = root / f"killed{len(runs)}", []
+        while hits < arguments.kills:
+            kill = killed(folder, anywhere=hits % 4 == 3)
+            if kill is None:
+                break
+            kills, hits = [*kills, kill], hits + 1
+            print(f"kill {hits} of {arguments.kills}: {kill}", flush=True)
+        subprocess.run(command(folder), check=True)  # to its end; nothing to do where it has come to it
+        runs.append({"kills": kills, "differing_tensors": differing(root / "undisturbed", folder)})
+        print(f"run {len(runs)}: {len(kills)} kills, {len(runs[-1]['differing_tensors'])} tensors differ", flush=True)
+    names = [name for run in runs for name in run["differing_tensors"]]
     document = {
         "benchmark": "kill",
         "recipe": recipe.name,
         "overrides": arguments.overrides,
         "date": date.today().isoformat(),
         "seconds_undisturbed": round(took, 1),
-        "kills_that_hit_a_running_process": len(moments),
-        "moments": moments,
+        "kills_that_hit_a_running_process": hits,
+        "tensors_compared": sum(len(read(root / "undisturbed" / phase)) for phase in PHASES),
+        "runs": runs,
         "differing_tensors": names,
         "environment": environment(),
     }
     write_json(RESULTS / f"kill_{recipe.name}.json", document)
-    print(f"{len(moments)} kills hit; {len(names)} tensors differ")
+    print(f"{hits} kills hit, in {len(runs)} runs; {len(names)} tensors differ")
     print(json.dumps({k: document[k] for k in ("benchmark", "recipe", "kills_that_hit_a_running_process")}))
     sys.exit(1 if names else 0)
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from vpae import recipe as recipes
-from vpae.runs import environment, write_json
+from vpae.files import write_json
+from vpae.runs import environment
 
 RESULTS = Path(__file__).parent / "results"
 

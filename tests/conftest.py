@@ -66,9 +66,9 @@ def make_pipeline(folder: Path) -> Path:
     """Write a micro pipeline folder with random weights."""
     from vpae.data.tiny import write_encoders
     from vpae.export.folder import MODEL_INDEX, write_transformer
+    from vpae.files import write_json
     from vpae.finetune import build_vae
     from vpae.models import fresh_transformer
-    from vpae.runs import write_json
 
     write_encoders(folder, 3.0)
     build_vae(MICRO_VAE, 0).save_pretrained(folder / "vae")

@@ -241,3 +241,62 @@ def test_another_fault_of_the_disk_is_not_taken_for_a_full_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["vpae", "evaluate", "folder"])
     with pytest.raises(OSError, match="broken"):
         program.main()
+
+
+def test_a_student_is_not_sampled_beside_another_teacher(micro_recipe, micro_pipeline, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from vpae import recipe as recipes
+    from vpae.distill import distill
+    from vpae.engine.parallel import start
+    from vpae.errors import UserError
+    from vpae.loading import load_model
+
+    teacher = shutil.copytree(micro_pipeline, tmp_path / "teacher")
+    micro_recipe["teacher"]["path"], micro_recipe["equilibrium"] = str(teacher), None
+    micro_recipe["priming"]["student_steps"] = 1
+    assert distill(recipes.from_plain(micro_recipe, "test"), tmp_path / "run", False, start())
+    assert load_model(tmp_path / "run").role.name == "ema"
+    (file,) = (teacher / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, file)
+    with pytest.raises(UserError, match="distilled from a teacher of other weights"):
+        load_model(tmp_path / "run")
+
+
+def test_a_teachers_run_is_not_exported_as_a_student(micro_recipe, micro_pipeline, tmp_path):
+    from vpae.errors import UserError
+    from vpae.export.diffusers import export_student
+    from vpae.loading import Model, load_model
+    from vpae.recipe import FinetuneFlow
+
+    plain = load_model(micro_pipeline)
+    made = Model(plain.role, plain.pipeline, object.__new__(FinetuneFlow), "a teacher")
+    with pytest.raises(UserError, match="export is for students"):
+        export_student(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_phones_picture_is_turned_the_way_it_was_taken(tmp_path):
+    from vpae.commands import read_picture
+
+    upright = np.zeros((32, 16, 3), np.uint8)
+    upright[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "phone.png", exif=exif)
+    assert np.array_equal(read_picture(tmp_path / "phone.png", None), upright)
+
+
+def test_fresh_removes_an_earlier_run_and_nothing_else(tmp_path):
+    from vpae.quickstart import _forget
+
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run / "priming", other):
+        folder.mkdir(parents=True)
+    for folder in (run, other):
+        (folder / "recipe.yaml").write_text("")
+        _forget(folder)
+    _forget(tmp_path / "nowhere")
+    assert not run.exists() and other.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import MICRO_TRANSFORMER, MICRO_VAE
@@ -89,6 +90,31 @@ def test_vae_training_resumes_exactly_inside_its_curriculum(micro_recipe, tmp_pa
         Trainer.train = train
     assert finetune(recipe, tmp_path / "parts", True, start())
     assert differing(read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "parts")) == []
+
+
+def test_micro_batches_of_the_vae_add_up_to_its_stages_batch(micro_recipe, tmp_path):
+    plain, results = _vae_recipe(micro_recipe), []
+    plain["training"]["stages"] = [{"steps": 2, "frames": 5, "batch": 4}]
+    plain["training"]["optimiser"] |= {"betas": [0.0, 0.99]}
+    for micro in (1, 4):
+        plain["engine"] |= {"global_batch": 4, "micro_batch": micro}
+        recipe = recipes.from_plain(plain, "test")
+        assert finetune(recipe, tmp_path / str(micro), False, start())
+        results.append(read_tensors(tmp_path / str(micro)))
+    moments = [{k: v for k, v in r.items() if k.endswith("exp_avg")} for r in results]
+    scale = max(float(v.abs().max()) for v in moments[0].values())
+    assert scale > 0 and differing(*moments, tolerance=1e-2 * scale) == []
+
+
+def test_going_on_from_a_pipeline_takes_the_recipes_shift_and_leaves_the_given_folder(micro_recipe, tmp_path):
+    from vpae.finetune import assemble
+
+    given = micro_recipe["teacher"]["path"]
+    plain = _teacher_recipe(micro_recipe, given, tmp_path / "c") | {"transformer": None, "scheduler_shift": 7.0}
+    (tmp_path / "run" / "pipeline.partial").mkdir(parents=True)  # of a copy that was killed
+    made = assemble(recipes.from_plain(plain, "test"), tmp_path / "run", start())
+    shifts = [json.loads((Path(f) / "scheduler" / "scheduler_config.json").read_text())["shift"] for f in (given, made)]
+    assert shifts[0] != 7.0 and shifts[1] == 7.0 and not (tmp_path / "run" / "pipeline.partial").exists()
 
 
 def test_training_the_decoder_alone_leaves_the_latents_as_they_are(micro_recipe, tmp_path):

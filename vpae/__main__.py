@@ -1,4 +1,4 @@
-"""The command line: ``vpae COMMAND`` or ``python -m vpae COMMAND``; argument parsing and nothing else."""
+"""The command line, ``vpae COMMAND`` or ``python -m vpae COMMAND``: arguments, signals, and errors in one line."""
 
 from __future__ import annotations
 
@@ -183,6 +183,7 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, not {arguments.steps}")
     _calm_libraries()
     try:
+        from vpae.engine.launch import note_saved
         from vpae.engine.parallel import leave, speaks
     except ModuleNotFoundError as error:
         mend = "install with ./launch/install.sh, then: source .venv/bin/activate"
@@ -217,6 +218,7 @@ def main() -> None:
         line = shlex.join(a for a in sys.argv[1:] if a not in ("--resume", "--fresh"))
         more = "" if arguments.command == "quickstart" else " --resume"
         print(f"interrupted, everything is saved; go on with: vpae {line}{more}", flush=True)
+        note_saved()
     leave(0, together=finished)
 
 

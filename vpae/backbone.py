@@ -157,7 +157,7 @@ class Backbone(nn.Module):
             stop_at_last_tap: run no block past the last tap (velocity is None then).
             adapter: which LoRA answers; None is the base.
         """
-        if self.fold_text_padding:
+        if self.fold_text_padding and condition.text.shape[1] < TEXT_LENGTH:  # there is padding to fold
             text = FoldedTextProcessor.fold(condition.text)
             rows = text.shape[1]
         else:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpae import recipe as recipes
 from vpae.data.bounce import World
@@ -21,11 +21,12 @@ from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.evaluation import clips_of, sample_clips
 from vpae.export.diffusers import export_student
+from vpae.files import write_json
 from vpae.finetune import assemble
 from vpae.loading import load_model
 from vpae.models import find_model
 from vpae.recipe import Distill, FinetuneVae
-from vpae.runs import environment, write_json
+from vpae.runs import environment
 from vpae.sampling import sample_latents
 
 
@@ -39,7 +40,7 @@ def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
     else:
         beside = Path(recipe.data.cache).with_name(Path(recipe.data.cache).name + "-encoders")
         # the VAE may have been trained anew
-        processes.together(lambda: shutil.rmtree(beside, ignore_errors=True), main_only=True)
+        processes.together(lambda: shutil.rmtree(beside / "pipeline", ignore_errors=True), main_only=True)
         pipeline = assemble(recipe, beside, processes)
     made = prepare(recipe.data, Encoders(pipeline, processes.device), processes)
     if processes.is_main:
@@ -54,7 +55,7 @@ def read_picture(path: Path, size: tuple[int, int] | None) -> np.ndarray:
         UserError: no such file, not a picture, or (without a size) edges that are no multiples of 16.
     """
     try:
-        picture = Image.open(path).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # phones note the turn beside the pixels
     except FileNotFoundError:
         raise UserError(f"no picture at {path}") from None
     except (UnidentifiedImageError, OSError, ValueError) as error:

@@ -53,6 +53,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     open_folder(folder, recipe, resume, processes)
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
     cache = prepare(recipe.data, encoders, processes)
+    encoders.keep_vae()
     for phase in PHASES:
         if getattr(recipe, phase) is None or (resume and _is_finished(recipe, phase, folder)):
             continue
@@ -67,7 +68,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
         if trainer.turn < trainer.method.turns and not trainer.train():
             return False
         last = phase == "equilibrium" or recipe.equilibrium is None
-        if trainer.stop_signal is not None and not last:
+        if processes.agree([trainer.stop_signal is not None])[0] and not last:
             return False
     return True
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from vpae.data.bounce import Clip, World, make_clip
@@ -53,6 +54,12 @@ def clips_of(world: World, split: str, count: int) -> list[Clip]:
     return [make_clip(world, split, i) for i in range(count)]
 
 
+def _wait(device: torch.device) -> None:
+    """Let the device finish what it was given, before the clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def sample_clips(
     role: Role,
     encoders: Encoders,
@@ -87,6 +94,7 @@ def sample_clips(
             role.velocity(
                 draws.normal_like("warm-up", condition.latent), condition.latent.new_ones(len(part)), condition
             )
+        _wait(encoders.device)
         started = time.perf_counter()
         latents = sample_latents(
             role,
@@ -98,8 +106,7 @@ def sample_clips(
             guidance_scale=guidance_scale,
             scheduler=encoders.pipeline.scheduler,
         )
-        if latents.is_cuda:
-            latents.sum().item()  # wait for the device before the clock is read
+        _wait(encoders.device)
         seconds += time.perf_counter() - started
         frames |= enumerate(encoders.decode(latents), start)
     parts = processes.gather((frames, seconds))

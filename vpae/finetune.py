@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
 from vpae.export.folder import MODEL_INDEX, write_transformer
+from vpae.files import write_json
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
 from vpae.methods.vae import Frames, VaeMethod
 from vpae.models import check_fit, compile_blocks, fresh_transformer, shard, wrap
 from vpae.recipe import FinetuneFlow, FinetuneVae
 from vpae.roles import Role, full_copy
-from vpae.runs import environment, open_folder, write_json
+from vpae.runs import environment, open_folder
 
 
 def build_vae(config: dict, seed: int) -> AutoencoderKLWan:
@@ -172,7 +174,8 @@ def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:
     """
     given, target = Path(recipe.teacher.path), folder / "pipeline"
     if (given / "model_index.json").is_file() and recipe.transformer is None:
-        processes.together(lambda: _copied(given, target), main_only=True)  # the given folder is never written to
+        # the given folder is never written to
+        processes.together(lambda: _copied(given, target, recipe.scheduler_shift), main_only=True)
         return target
     if not (given / "config.json").is_file() and not (given / "vae" / "config.json").is_file():
         raise UserError(
@@ -184,9 +187,17 @@ def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:
     return target
 
 
-def _copied(given: Path, target: Path) -> None:
-    if not (target / "model_index.json").is_file():
-        shutil.copytree(given, target, dirs_exist_ok=True)
+def _copied(given: Path, target: Path, scheduler_shift: float) -> None:
+    if (target / "model_index.json").is_file():
+        return
+    draft = target.with_name(target.name + ".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(given, draft)
+    config = draft / "scheduler" / "scheduler_config.json"
+    plain = json.loads(config.read_text(encoding="utf-8"))
+    plain["flow_shift" if "flow_shift" in plain else "shift"] = scheduler_shift  # UniPC's name for it, and Euler's
+    write_json(config, plain)
+    draft.rename(target)
 
 
 def _composed(vae: Path, target: Path, scheduler_shift: float) -> None:
@@ -204,6 +215,7 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     pipeline = assemble(recipe, folder, processes)
     encoders = Encoders(pipeline, processes.device)
     cache = prepare(recipe.data, encoders, processes)
+    encoders.keep_vae()
     if recipe.transformer is None:
         transformer = load_transformer(Path(recipe.teacher.path))
     else:

@@ -49,8 +49,6 @@ class FoldedTextProcessor(WanAttnProcessor):
     @staticmethod
     def fold(text: Tensor) -> Tensor:
         """Append the row that stands for the padding: ``[B, L, D]`` to ``[B, L + 1, D]``; L < 512."""
-        if text.shape[1] >= TEXT_LENGTH:
-            raise ValueError(f"folding needs fewer than {TEXT_LENGTH} text rows, got {text.shape[1]}")
         return F.pad(text, (0, 0, 0, 1))
 
     def __call__(
@@ -80,7 +78,8 @@ class FoldedTextProcessor(WanAttnProcessor):
         key, value = heads(attn.norm_k(attn.to_k(text))), heads(attn.to_v(text))
         bias = torch.zeros(rows, dtype=query.dtype, device=query.device)
         bias[-1] = math.log(TEXT_LENGTH - rows + 1)
-        out = attend(key, value, bias.expand(query.shape[1], rows))
+        # four dimensions: some backends take a mask of two for one of (batch, keys)
+        out = attend(key, value, bias.expand(query.shape[0], attn.heads, query.shape[1], rows))
         if image is not None:
             key_image, value_image = heads(attn.norm_added_k(attn.add_k_proj(image))), heads(attn.add_v_proj(image))
             out = out + attend(key_image, value_image)

@@ -14,7 +14,16 @@ from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import alone, device_of_rank
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
-from vpae.models import Cast, distillation_cast, fake_score, find_model, fresh_transformer, judge_of, wrap
+from vpae.models import (
+    Cast,
+    distillation_cast,
+    fake_score,
+    find_model,
+    fresh_transformer,
+    judge_of,
+    weights_fingerprint,
+    wrap,
+)
 from vpae.recipe import Distill, FinetuneFlow
 from vpae.roles import Role
 from vpae.runs import RECIPE
@@ -100,10 +109,21 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
     for name in PHASES if only is None else (only,):
         found = checkpoints.find(run / name / "checkpoints")
         if found is not None:
+            _check_base(found, pipeline)
             tensors = {f"{stored}.{key}": p.detach() for key, p in chosen.named_parameters()}
             checkpoints.load(found, tensors, processes)
             return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
     raise UserError(f"{run} holds no checkpoint{f' of phase {only}' if only else ''} yet")
+
+
+def _check_base(found: checkpoints.Checkpoint, pipeline: Path) -> None:
+    """Adapters, and the encoders around any student, belong to the teacher they were trained beside."""
+    there, here = found.state["identity"]["teacher"]["weights"], weights_fingerprint(pipeline)
+    if there != here:
+        raise UserError(
+            f"{found.folder} was distilled from a teacher of other weights ({there}) than {pipeline} holds now "
+            f"({here}); put the old ones back, or distil again"
+        )
 
 
 def _role_of(recipe: Distill, cast: Cast, role: str) -> tuple[Role, str]:

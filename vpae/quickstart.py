@@ -18,11 +18,12 @@ from vpae.engine.tracking import read_log
 from vpae.errors import UserError
 from vpae.evaluation import Sampled, clips_of, sample_clips
 from vpae.export.diffusers import export_student
+from vpae.files import write_json
 from vpae.judge.judge import SetScores, judge_set
 from vpae.loading import Model, load_model
 from vpae.recipe import Distill
 from vpae.report import Variant, format_headline, format_table, write_comparison, write_report
-from vpae.runs import RECIPE, environment, write_json
+from vpae.runs import RECIPE, environment
 
 _SHOWN = 8  # clips on the page
 
@@ -49,13 +50,18 @@ def quickstart(path: Path | None, overrides: tuple[str, ...], folder: Path, fres
     recipe = recipes.load(path or default_recipe(), overrides)
     if not isinstance(recipe, Distill):
         raise UserError(f"{path} is a recipe of kind {recipe.kind}; the main job distils")
-    is_run = (folder / RECIPE).is_file() and any((folder / phase).is_dir() for phase in PHASES)
-    if fresh and is_run:
-        processes.together(lambda: shutil.rmtree(folder), main_only=True)
+    if fresh:
+        processes.together(lambda: _forget(folder), main_only=True)
     if not distill(recipe, folder, True, processes):
         return False
     compare(recipe, folder, started, processes)
     return True
+
+
+def _forget(folder: Path) -> None:
+    """Remove an earlier run; a folder that holds anything else is left alone."""
+    if (folder / RECIPE).is_file() and any((folder / phase).is_dir() for phase in PHASES):
+        shutil.rmtree(folder)
 
 
 def seconds_training(folder: Path) -> float:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
 import platform
 from pathlib import Path
@@ -15,9 +12,9 @@ import yaml
 
 from vpae import __version__
 from vpae import recipe as recipes
-from vpae.data.files import atomic
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
+from vpae.files import write_text
 from vpae.strict import read_yaml
 
 RECIPE = "recipe.yaml"
@@ -69,43 +66,20 @@ def first_difference(there: Any, here: Any, prefix: str = "", places: tuple[str,
 
 
 _LEARNT = ("global_batch", "precision", "compile")  # keys of section engine that change the numbers
-_FREE = ("name", "watch", "evaluate", "evaluate_clips")
+_FREE = ("name", "watch", "evaluate", "evaluate_clips")  # sections that change no weights
 
 
 def what_is_learnt(plain: dict[str, Any]) -> dict[str, Any]:
-    """The part of a plain recipe that changes the weights a run ends in; the rest may change when it is resumed."""
+    """The part of a plain recipe that changes the weights a run ends in; the rest may change when it is resumed.
+
+    Where the cache lies is free, what is in it is not: checkpoints hold its fingerprint.
+    """
     kept = {key: value for key, value in plain.items() if key not in _FREE}
+    if isinstance(plain.get("data"), dict):
+        kept["data"] = {key: value for key, value in plain["data"].items() if key != "cache"}
     if isinstance(plain.get("engine"), dict):
         kept["engine"] = {key: plain["engine"].get(key) for key in _LEARNT}
     return kept
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with atomic(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; NaN, which JSON has not, becomes null."""
-    write_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from vpae.data.bounce import COLOURS, World, make_clip
-from vpae.data.files import atomic
 from vpae.data.videos import _resampled, fit, probe_video, read_video, read_video_noted, write_video
 from vpae.errors import UserError
+from vpae.files import atomic
 
 
 def numbered(count: int, height: int = 32, width: int = 48) -> np.ndarray:

@@ -12,6 +12,8 @@ import time
 import pytest
 from helpers import differing, read_tensors, write_recipe
 
+from vpae.engine.tracking import read_log
+
 
 def _start(recipe, folder, *more):
     command = [sys.executable, "-m", "vpae", "distill", str(recipe), "--output", str(folder), *more]
@@ -67,26 +69,43 @@ def test_the_launcher_passes_on_the_exit_status(tmp_path):
     assert run.returncode == 2 and "no recipe at" in run.stderr and "Traceback" not in run.stderr
 
 
-def _kill_until_done(recipe, folder, kills, longest, seed):
-    generator = random.Random(seed)
-    for _ in range(kills):
-        run = _start(recipe, folder, "--resume")
-        try:
-            run.communicate(timeout=generator.uniform(0.2, longest))
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-            run.communicate()
-    last = _start(recipe, folder, "--resume")
-    _, err = last.communicate(timeout=600)
-    assert last.returncode == 0, err[-2000:]
+def _kill_while_training(recipe, folder, longest, generator):
+    """Start or go on, and kill at a random moment of the training; False if the run came to its end before."""
+    log = [folder / phase / "log.jsonl" for phase in ("priming", "equilibrium")]
+    before = [f.stat().st_mtime_ns if f.exists() else 0 for f in log]
+    run = _start(recipe, folder, "--resume")
+    while run.poll() is None and [f.stat().st_mtime_ns if f.exists() else 0 for f in log] == before:
+        time.sleep(0.02)
+    try:
+        _, err = run.communicate(timeout=generator.uniform(0, longest))
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        return True
+    assert run.returncode == 0, err[-2000:]
+    return False
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_at_random_moments_ends_in_the_same_weights(micro_recipe, tmp_path, kills):
+    """Each kill hits a process that trains; a run that ends before all have is compared, and another is begun."""
     recipe = write_recipe(_long(micro_recipe), tmp_path / "r.yaml")
-    started = time.monotonic()
     assert _start(recipe, tmp_path / "whole").wait(timeout=240) == 0
-    took = time.monotonic() - started
-    _kill_until_done(recipe, tmp_path / "run", kills, took, seed=kills)
-    for phase in ("priming", "equilibrium"):
-        assert differing(read_tensors(tmp_path / "whole" / phase), read_tensors(tmp_path / "run" / phase)) == []
+    whole = {phase: read_tensors(tmp_path / "whole" / phase) for phase in ("priming", "equilibrium")}
+    logs = [read_log(tmp_path / "whole" / phase / "log.jsonl") for phase in whole]
+    training = sum(log[-1]["seconds"] for log in logs)
+    generator, hits, run = random.Random(kills), 0, 0
+    while True:
+        folder, survived = tmp_path / f"run{run}", 0
+        # a third of the training at most, so that a run lives through several
+        while hits < kills and _kill_while_training(recipe, folder, training / 3, generator):
+            hits, survived = hits + 1, survived + 1
+        if hits == kills:
+            last = _start(recipe, folder, "--resume")
+            _, err = last.communicate(timeout=600)
+            assert last.returncode == 0, err[-2000:]
+        for phase, tensors in whole.items():
+            assert differing(tensors, read_tensors(folder / phase)) == [], f"after {survived} kills"
+        if hits == kills:
+            return
+        run += 1

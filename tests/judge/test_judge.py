@@ -19,7 +19,6 @@ from vpae.data.bounce import (
     initial_velocity,
     make_clip,
     render,
-    rerun,
     simulate,
 )
 from vpae.errors import UserError
@@ -180,21 +179,21 @@ def turned(clip):
     names = list(DIRECTIONS)
     shift = rng_of(clip).integers(1, 8, len(clip.balls))
     ways = [names[(names.index(b.direction) + int(k)) % 8] for b, k in zip(clip.balls, shift, strict=True)]
-    return rerun(clip, balls=tuple(replace(b, direction=w) for b, w in zip(clip.balls, ways, strict=True)))
+    return replace(clip, balls=tuple(replace(b, direction=w) for b, w in zip(clip.balls, ways, strict=True)))
 
 
 def repainted(clip):
     names = list(COLOURS)
-    return rerun(clip, balls=tuple(replace(b, colour=names[(names.index(b.colour) + 1) % 6]) for b in clip.balls))
+    return replace(clip, balls=tuple(replace(b, colour=names[(names.index(b.colour) + 1) % 6]) for b in clip.balls))
 
 
 def unlawful(clip):
-    return rerun(clip, gravity=not clip.gravity)
+    return replace(clip, gravity=not clip.gravity)
 
 
 def faster(clip):
     other = {"slowly": "steadily", "steadily": "fast", "fast": "steadily"}
-    return rerun(clip, balls=tuple(replace(b, speed=other[b.speed]) for b in clip.balls))
+    return replace(clip, balls=tuple(replace(b, speed=other[b.speed]) for b in clip.balls))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +235,7 @@ LATER = np.arange(WORLD.num_frames) >= 8
 
 
 def event(clip, **changes):
-    return judge_clip(rerun(clip, **changes).frames, clip)
+    return judge_clip(replace(clip, **changes).frames, clip)
 
 
 def test_impossible_events_fall_in_a_single_clip():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -363,8 +363,3 @@ def render(world: World, colours: tuple[str, ...], positions: np.ndarray, radii:
     canvas = empty_frame(world)
     frames = [render_frame(world, colours, p, r, canvas=canvas) for p, r in zip(positions, radii, strict=True)]
     return np.stack(frames).round().astype(np.uint8)
-
-
-def rerun(clip: Clip, **changes) -> Clip:
-    """The same clip with some fields replaced (used by counterfactuals); frames are drawn anew."""
-    return replace(clip, **changes)

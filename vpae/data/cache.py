@@ -28,9 +28,10 @@ from vpae.data.sources import Source, open_source
 from vpae.draws import Draws
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
+from vpae.files import sha256, write_json, write_text
 from vpae.methods.base import Batch
 from vpae.recipe import Data
-from vpae.runs import first_difference, sha256, write_json, write_text
+from vpae.runs import first_difference
 
 _REVISION, _SHARD, _ENCODE_BATCH = 1, 256, 8
 _STAMP, _MANIFEST, _NULL_TEXT = "building.json", "manifest.json", "null_text.safetensors"

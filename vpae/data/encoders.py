@@ -103,6 +103,10 @@ class Encoders:
     def vae(self):
         return self.pipeline.vae
 
+    def keep_vae(self) -> None:
+        """Let go of the text and image encoders (umT5-XXL alone is 23 GB in fp32): a cache answers for them now."""
+        self.pipeline.text_encoder = self.pipeline.image_encoder = None
+
     def _moments(self) -> tuple[Tensor, Tensor]:
         config = self.vae.config
         shape = (1, config.z_dim, 1, 1, 1)

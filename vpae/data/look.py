@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vpae.data.files import atomic
+from vpae.files import atomic
 
 PAPER, INK, FAINT = (255, 255, 255), (24, 26, 32), (120, 124, 134)
 _GAP = 4

@@ -15,10 +15,10 @@ import pymunk
 from vpae.data import bounce
 from vpae.data.bounce import Clip, World, make_clip
 from vpae.data.counterfactual import make_pair
-from vpae.data.files import atomic
 from vpae.data.sources import CAPTIONS, BounceSource
 from vpae.data.videos import write_video
 from vpae.errors import UserError
+from vpae.files import write_text
 
 if TYPE_CHECKING:
     import datasets
@@ -45,8 +45,8 @@ def export_bounce(world: World, split: str, count: int, folder: str | Path, *, s
         write_video(folder / file, clip.frames, FPS, lossless=True)
         captions.append({"file": file, "caption": clip.caption})
         states.append({"file": file, **_states(clip)})
-    _write_text(folder / STATES, "".join(json.dumps(line) + "\n" for line in states))
-    _write_text(folder / CAPTIONS, "".join(json.dumps(line) + "\n" for line in captions))
+    write_text(folder / STATES, "".join(json.dumps(line) + "\n" for line in states))
+    write_text(folder / CAPTIONS, "".join(json.dumps(line) + "\n" for line in captions))
 
 
 def export_pairs(world: World, split: str, count: int, folder: str | Path, *, start: int = 0) -> None:
@@ -68,7 +68,7 @@ def export_pairs(world: World, split: str, count: int, folder: str | Path, *, st
         lines.append(
             {**line, "caption": pair.plausible.caption, "kind": pair.kind, "frame": pair.frame, "ball": pair.ball}
         )
-    _write_text(folder / PAIRS, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(folder / PAIRS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _claim(folder: Path, what: dict[str, Any]) -> None:
@@ -76,12 +76,7 @@ def _claim(folder: Path, what: dict[str, Any]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / ORIGIN).is_file() or (folder / ORIGIN).read_text() != origin:
             raise UserError(f"{folder}: already holds something else; name a new folder, or empty this one")
-    _write_text(folder / ORIGIN, origin)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+    write_text(folder / ORIGIN, origin)
 
 
 def _states(clip: Clip) -> dict[str, Any]:

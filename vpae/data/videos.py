@@ -17,8 +17,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from vpae.data.files import atomic
 from vpae.errors import UserError
+from vpae.files import atomic
 
 # Containers that hold one video in one file: no playlists or lists of further files, no text shown as a video, and
 # no GIF, whose missing end nobody can tell.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import uuid
+from pathlib import Path
 
 import torch
 
+SAVED_NOTE = "VPAE_SAVED_NOTE"  # environment: the file by which rank 0 says that it saved after a signal
 _PATIENCE = 300  # seconds a rank has to finish its turn and save after a signal
 
 
@@ -21,7 +24,8 @@ def default_ranks() -> int:
 def launch(ranks: int, arguments: list[str]) -> int:
     """Run ``python -m vpae ARGUMENTS`` on ``ranks`` ranks of this machine; returns the exit status.
 
-    A signal is passed on to the ranks, which finish the turn, save and say how to go on.
+    A signal is passed on to the ranks, which finish the turn, save and say how to go on; the status is 0 then, and 1
+    where they could not.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -38,10 +42,19 @@ def launch(ranks: int, arguments: list[str]) -> int:
         max_restarts=0,
         shutdown_timeout=_PATIENCE,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "vpae", *arguments)
-    except SignalException:
-        return 0
-    except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder) / "saved"
+        os.environ[SAVED_NOTE] = str(note)
+        try:
+            elastic_launch(config, sys.executable)("-m", "vpae", *arguments)
+        except SignalException:
+            return 0 if note.exists() else 1
+        except ChildFailedError as error:
+            return max(1, error.get_first_failure()[1].exitcode)
     return 0
+
+
+def note_saved() -> None:
+    """Tell the launcher, where there is one, that a signal was answered and everything is saved."""
+    if SAVED_NOTE in os.environ:
+        Path(os.environ[SAVED_NOTE]).touch()

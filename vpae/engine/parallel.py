@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,9 @@ from vpae.backbone import Backbone
 from vpae.errors import UserError
 
 T = TypeVar("T")
+
+# ranks wait for each other while clips are encoded, a checkpoint is hashed or rank 0 exports: longer than torch expects
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def start() -> Processes:
     if size == 1:
         return Processes(0, 1, device, None)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return Processes(rank, size, device, mesh)
 
@@ -206,8 +210,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def autocast(device: torch.device, precision: str):
-    """The compute precision of a run: bf16 matrix products over fp32 weights, or plain fp32."""
+def autocast(processes: Processes, precision: str):
+    """The compute precision of a run: bf16 matrix products over fp32 weights, or plain fp32.
+
+    Where weights are sharded no bf16 copy outlives its block: autocast's cache would hold all of them to the end of
+    the turn. (The backward pass still holds those it needs; ``engine.checkpointing`` makes them anew, block by block.)
+    """
     if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
+        return torch.autocast(processes.device.type, torch.bfloat16, cache_enabled=processes.mesh is None)
     return contextlib.nullcontext()

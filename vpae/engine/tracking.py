@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vpae.data.files import atomic
+from vpae.files import atomic
 
 
 class Tracker:

@@ -39,7 +39,7 @@ class Run:
         fetch: ``(sample indices, Draws) -> Batch`` on the right device.
         samples: length of the data.
         modules: sharded modules, to be resharded after each turn.
-        portion: turn -> (first stream position, samples of all ranks, samples of a micro-batch); None: the settings'.
+        portion: turn -> (first stream position, samples of all ranks); None: ``global_batch`` each turn.
         watch: the collapse alarm, None for methods without a student sample.
         gallery: called every ``sample_every`` steps of the player ``student`` as ``gallery(turn, tracker)``; what it
             returns goes to the watch.
@@ -53,14 +53,14 @@ class Run:
     fetch: Callable[[list[int], Draws], Any]
     samples: int
     modules: list[nn.Module]
-    portion: Callable[[int], tuple[int, int, int]] | None = None
+    portion: Callable[[int], tuple[int, int]] | None = None
     watch: Watch | None = None
     gallery: Callable[[int, Tracker], dict[str, float]] | None = None
 
 
 @dataclass
 class _Gathered:
-    """Scalars of a player since the last log line, as device tensors: reading them would stall the device."""
+    """Scalars of a player since the last log line, as device tensors: they are read when a line is due."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -72,6 +72,15 @@ class _Gathered:
 
     def means(self) -> dict[str, float]:
         return {k: float(v) / self.counts[k] for k, v in self.sums.items()}
+
+    def state(self, processes: Processes) -> dict[str, Any]:
+        """For a checkpoint: the mean over ranks, from which every rank can go on."""
+        return {"sums": processes.mean({k: float(v) for k, v in self.sums.items()}), "counts": self.counts}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> _Gathered:
+        sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state["sums"].items()}
+        return cls(sums, dict(state["counts"]))
 
 
 class Trainer:
@@ -94,7 +103,6 @@ class Trainer:
         self.stream = Stream(run.samples, run.seed)
         self.stop_signal: str | None = None
         self.gathered: dict[str, _Gathered] = {}
-        self.alarms: list[str] = []
 
     @property
     def checkpoint_root(self) -> Path:
@@ -137,6 +145,8 @@ class Trainer:
             late = found.state["late_parameters"][name]
             for key, parameter in player.parameters.items():
                 self.optimisers[name].state[parameter]["step"].fill_(late.get(key, self.steps[name]))
+        device = self.processes.device
+        self.gathered = {name: _Gathered.of(state, device) for name, state in found.state["gathered"].items()}
         if self.run.watch is not None:
             self.run.watch.broken = dict(found.state["watch"])
         return True
@@ -151,8 +161,9 @@ class Trainer:
             "late_parameters": {name: self._late_parameters(name) for name in self.method.players},
             "identity": self.run.identity,
             "seed": self.run.seed,
-            "position": self.turn * self.run.settings.global_batch,
+            "position": sum(self._portion(self.turn - 1)) if self.turn else 0,
             "world_size": self.processes.size,
+            "gathered": {name: gathered.state(self.processes) for name, gathered in sorted(self.gathered.items())},
             "watch": {} if self.run.watch is None else self.run.watch.state(),
             "recipe": self.run.recipe_text,
         }
@@ -208,12 +219,16 @@ class Trainer:
         except ValueError:  # not the main thread: the caller owns the signals
             return {}
 
+    def _portion(self, turn: int) -> tuple[int, int]:
+        """First stream position and number of samples of a turn."""
+        if self.run.portion is not None:
+            return self.run.portion(turn)
+        batch = self.run.settings.global_batch
+        return turn * batch, batch
+
     def _micro_batches(self) -> list[list[int]]:
         """Stream positions of this rank's micro-batches in this turn."""
-        settings = self.run.settings
-        first, batch, micro = self.turn * settings.global_batch, settings.global_batch, settings.micro_batch
-        if self.run.portion is not None:
-            first, batch, micro = self.run.portion(self.turn)
+        (first, batch), micro = self._portion(self.turn), self.run.settings.micro_batch
         mine = batch // self.processes.size
         start = first + self.processes.rank * mine
         return [list(range(p, min(p + micro, start + mine))) for p in range(start, start + mine, micro)]
@@ -232,7 +247,7 @@ class Trainer:
             draws = Draws(self.run.seed, positions, self.processes.device)
             indices = [self.stream.index(p) for p in positions]
             batch = self.processes.together(lambda i=indices, d=draws: self.run.fetch(i, d))
-            with autocast(self.processes.device, self.run.settings.precision):
+            with autocast(self.processes, self.run.settings.precision):
                 outcome = self.method.loss(name, batch)
             finite &= outcome.loss.isfinite()
             (outcome.loss * (len(positions) / sum(map(len, micro)))).backward()
@@ -257,7 +272,8 @@ class Trainer:
                 parameter.grad = None
             raise UserError(
                 f"turn {self.turn} ({player.name}): loss or gradient is not finite on at least one rank; nothing was "
-                f"updated, the last checkpoint is whole: check the data, then --resume (a lower learning rate may help)"
+                "updated, the last checkpoint is whole. --resume takes the same turns again: use it if the machine was "
+                "at fault; else check the data, or lower the learning rate and start in another --output"
             )
         optim.clip_(parameters, norm, player.optimiser.clip_norm)
         optimiser = self.optimisers[player.name]
@@ -281,14 +297,14 @@ class Trainer:
             tracker.scalars(self.turn - 1, values | {f"{name}/learning_rate": rate, f"{name}/step": step})
             self._look({f"{name}/{key.split('/')[-1]}": value for key, value in means.items()}, tracker)
         if name == "student" and self.run.gallery is not None and step % settings.sample_every == 0:
-            signs = self.run.gallery(self.turn, tracker)
+            # under the turn just taken: what stands at the next one is dropped when that is where the run is resumed
+            signs = self.run.gallery(self.turn - 1, tracker)
             self._look({f"samples/{key}": value for key, value in signs.items()}, tracker)
 
     def _look(self, signs: dict[str, float], tracker: Tracker) -> None:
         if self.run.watch is None:
             return
         for alarm in self.run.watch.look(self.steps.get("student", 0), signs):
-            self.alarms.append(alarm)
             tracker.say(alarm)
 
 

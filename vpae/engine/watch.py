@@ -96,7 +96,10 @@ class Watch:
                 if self.broken[key] == limits.patience:
                     alarms.append(f"watch: step {step}, {tag} {value:.3g}: {meaning}")
         if alarms and limits.action == "stop":
-            raise Collapse(f"{alarms[0]}; stopped because watch.action is stop (lower the learning rate, or warn only)")
+            raise Collapse(
+                f"{alarms[0]}; stopped because watch.action is stop; "
+                "a lower learning rate needs another --output, watch.action=warn lets this run go on with --resume"
+            )
         return alarms
 
     def state(self) -> dict[str, int]:

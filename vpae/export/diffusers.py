@@ -21,9 +21,11 @@ from vpae.engine.parallel import reshard
 from vpae.errors import UserError
 from vpae.export.card import model_card
 from vpae.export.folder import write_transformer
+from vpae.files import sha256, write_json, write_text
 from vpae.loading import Model
+from vpae.recipe import FinetuneFlow
 from vpae.roles import merge_adapter
-from vpae.runs import environment, sha256, write_json, write_text
+from vpae.runs import environment
 from vpae.sampling import euler_scheduler, sample_latents
 
 TOLERANCE = 1e-3  # of latents of unit variance: fp32 round-off over all blocks is about 1e-5, a wrong weight above 1e-1
@@ -51,6 +53,8 @@ def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = 
     Raises:
         UserError: ``target`` is taken by something else, or the reloaded pipeline does not reproduce the student.
     """
+    if isinstance(model.recipe, FinetuneFlow):
+        raise UserError("a flow-matching run makes a teacher, which its folder pipeline/ holds; export is for students")
     if target.exists() and not (target / "proof.json").is_file():
         raise UserError(f"{target} exists and is not an earlier export; choose another --output")
     partial = target.with_name(target.name + ".partial")

@@ -36,7 +36,6 @@ class Player:
 
     Attributes:
         name: student, fake_score, head, ...
-        modules: where its parameters live (for gradient clipping and state).
         parameters: by name; exactly these require grad in its turn.
         optimiser: its settings.
         ema: the role that follows it, with its decay a turn.

@@ -73,10 +73,10 @@ class VaeMethod:
         """The part of the curriculum that ``turn`` belongs to."""
         return self._locate(turn)[0]
 
-    def portion(self, turn: int) -> tuple[int, int, int]:
-        """First stream position, batch and micro-batch of a turn."""
+    def portion(self, turn: int) -> tuple[int, int]:
+        """First stream position and batch of a turn."""
         stage, first = self._locate(turn)
-        return first, stage.batch, stage.batch
+        return first, stage.batch
 
     def _locate(self, turn: int) -> tuple[VaeStage, int]:
         first = 0

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vpae.data.files import atomic
 from vpae.data.look import contact_sheet, side_by_side
 from vpae.data.videos import write_video
+from vpae.files import atomic
 from vpae.report.page import build_page
 from vpae.report.scores import BARS, Bars, Variant, format_headline, format_table, headline
 
