@@ -99,6 +99,7 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
         "head": {"kind": "semantic", "width": 16, "num_heads": 2, "queries": 1},
         "adversarial": "hinge",
         "judge_time": _law(0.0, 0.98),
+        "judge_input": "noised",
         "share_noise": False,
         "r1": {"weight": 1.0, "spatial_sigma": 0.01, "temporal_sigma": 0.1, "form": "separate", "on": "real"},
         "sds": {"weight": 10.0, "time": _law(), "guidance_scale": 2.0, "first_frame_weight": 1.0},

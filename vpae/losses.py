@@ -93,11 +93,22 @@ def temporal_perturbation(noise: Tensor, sigma: float) -> Tensor:
     return sigma * noise[:, :, :, :1, :1]
 
 
+def difference_perturbation(noise: Tensor, sigma: float) -> Tensor:
+    """Noise of std sigma on every difference of neighbouring frames, none on frame 0: ``[B, C, T, H, W]``."""
+    steps = noise.clone()
+    steps[:, :, 0] = 0
+    return sigma * steps.cumsum(2)
+
+
 def finite_difference_r1(clean: Tensor, perturbed: Tensor) -> Tensor:
     """``E |D(x) - D(x + n)|^2`` (APT's approximated R1); V-PAE's ST-R1 is the sum over a spatial and a temporal ``n``.
 
     For a linear head ``D(x) = <w, x>`` its expectation is ``sigma_s^2 sum_chw (sum_t w)^2`` for the spatial term and
-    ``sigma_t^2 sum_ct (sum_hw w)^2`` for the temporal one.
+    ``sigma_t^2 sum_ct (sum_hw w)^2`` for the temporal one; ``sigma_t^2 sum_chw sum_(k>0) (sum_(t>=k) w)^2`` where the
+    temporal one is on differences of frames.
+
+    Under bf16 the spatial term at sigma 0.01 is mostly rounding (at t = 0.9 its correlation with fp32 was 0.0 in a
+    trained phase II of Bounce; the temporal one's at sigma 0.1 was 0.92, and it is 50 to 100 times as large).
     """
     return (clean - perturbed).square().mean()
 

@@ -96,12 +96,17 @@ class Head:
 
 @dataclass(frozen=True)
 class R1:
-    """ST-R1: finite differences under spatial and temporal noise, weight 0 switches it off."""
+    """ST-R1: finite differences under spatial and temporal noise, weight 0 switches it off.
+
+    ``form``: ``separate`` two differences, one under noise that is constant in time, one under noise that is constant
+    over space; ``joint`` one difference under their sum; ``differences`` as ``separate``, but the temporal noise moves
+    each pixel's step from frame to frame.
+    """
 
     weight: float
     spatial_sigma: float
     temporal_sigma: float
-    form: Literal["separate", "joint"]
+    form: Literal["separate", "joint", "differences"]
     on: Literal["real", "both"]
 
 
@@ -126,6 +131,7 @@ class Equilibrium:
     head: Head
     adversarial: Literal["hinge", "softplus"]
     judge_time: TimeLaw
+    judge_input: Literal["noised", "clean"]
     share_noise: bool
     r1: R1
     sds: Sds

@@ -80,18 +80,21 @@ class Equilibrium:
     def loss(self, player: str, batch: Batch) -> Outcome:
         return self._head_loss(batch) if player == "head" else self._student_loss(batch)
 
-    def _levels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The shared time, and the noise on real and on generated clips."""
-        t = self.settings.judge_time.quantile(batch.draws.uniform("judge time"))
-        on_real = batch.draws.normal_like("judge noise on real", batch.x0)
-        on_fake = on_real if self.settings.share_noise else batch.draws.normal_like("judge noise on fake", batch.x0)
-        return t, on_real, on_fake
+    def _shown(self, x0: Tensor, t: Tensor, batch: Batch, which: str) -> Tensor:
+        """What the judge sees of clips at the time t that real and generated ones share: noised to it, or clean."""
+        if self.settings.judge_input == "clean":
+            return x0
+        purpose = "judge noise" if self.settings.share_noise else f"judge noise on {which}"
+        return interpolate(x0, batch.draws.normal_like(purpose, x0), t)
+
+    def _judge_time(self, batch: Batch) -> Tensor:
+        return self.settings.judge_time.quantile(batch.draws.uniform("judge time"))
 
     def _head_loss(self, batch: Batch) -> Outcome:
         with torch.no_grad():
             x0_hat = self.generate(batch)
-        t, on_real, on_fake = self._levels(batch)
-        real_t, fake_t = interpolate(batch.x0, on_real, t), interpolate(x0_hat, on_fake, t)
+        t = self._judge_time(batch)
+        real_t, fake_t = self._shown(batch.x0, t, batch, "real"), self._shown(x0_hat, t, batch, "fake")
         real, fake = self.logits(real_t, t, batch.condition), self.logits(fake_t, t, batch.condition)
         adversarial = self.adversary[0](real, fake)
         scalars = {
@@ -113,15 +116,16 @@ class Equilibrium:
         """Finite differences at the judge's input, the same noise level on both sides of the difference."""
         r1 = self.settings.r1
         spatial = losses.spatial_perturbation(batch.draws.normal_like(f"spatial {which}", x_t), r1.spatial_sigma)
-        temporal = losses.temporal_perturbation(batch.draws.normal_like(f"temporal {which}", x_t), r1.temporal_sigma)
+        perturbed_in_time = losses.difference_perturbation if r1.form == "differences" else losses.temporal_perturbation
+        temporal = perturbed_in_time(batch.draws.normal_like(f"temporal {which}", x_t), r1.temporal_sigma)
         moves = [spatial + temporal] if r1.form == "joint" else [spatial, temporal]
         terms = [losses.finite_difference_r1(logits, self.logits(x_t + n, t, batch.condition)) for n in moves]
         return torch.stack(terms).sum()
 
     def _student_loss(self, batch: Batch) -> Outcome:
         x0_hat = self.generate(batch)
-        t, _, on_fake = self._levels(batch)
-        logits = self.logits(interpolate(x0_hat, on_fake, t), t, batch.condition)
+        t = self._judge_time(batch)
+        logits = self.logits(self._shown(x0_hat, t, batch, "fake"), t, batch.condition)
         adversarial = self.adversary[1](logits)
         scalars = {"adversarial": adversarial.detach(), "logit_fake": logits.detach().mean()}
         loss = adversarial
