@@ -41,6 +41,7 @@ def test_export_is_proven_and_samples_with_stock_diffusers(vpae, micro_recipe, f
     assert done.returncode == 0, done.stderr[-2000:]
     proof = json.loads((run / "student" / "proof.json").read_text())
     assert proof["max_error"] < 1e-4 < proof["rms"] and "equilibrium" in proof["source"]
+    assert "_name_or_path" not in (run / "student" / "transformer" / "config.json").read_text()
     assert not list((run / "student").rglob("*.bin")) and (run / "student" / "README.md").is_file()
     done = vpae("evaluate", run / "student", "--clips", 2)
     assert done.returncode == 0, done.stderr[-2000:]

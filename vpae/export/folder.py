@@ -34,8 +34,9 @@ def write_transformer(config: Mapping[str, Any], weights: dict[str, Tensor], fol
     Raises:
         RuntimeError: the weights are not exactly the transformer's.
     """
+    own = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path of this machine
     with torch.device("meta"):
-        transformer = WanTransformer3DModel.from_config(dict(config))
+        transformer = WanTransformer3DModel.from_config(own)
     transformer.load_state_dict(weights, strict=True, assign=True)
     target = folder / "transformer"
     shutil.rmtree(target, ignore_errors=True)
