@@ -107,8 +107,8 @@ def finite_difference_r1(clean: Tensor, perturbed: Tensor) -> Tensor:
     ``sigma_t^2 sum_ct (sum_hw w)^2`` for the temporal one; ``sigma_t^2 sum_chw sum_(k>0) (sum_(t>=k) w)^2`` where the
     temporal one is on differences of frames.
 
-    Under bf16 the spatial term at sigma 0.01 is mostly rounding: seven times too large, its gradient at a cosine of 0.47
-    with the fp32 one; the temporal term at sigma 0.1 keeps 0.98 (``benchmarks/results/numerics_cpu.json``).
+    Under bf16 the spatial term at sigma 0.01 is mostly rounding: seven times too large, its gradient at a cosine of
+    0.47 with the fp32 one; the temporal term at sigma 0.1 keeps 0.98 (``benchmarks/results/numerics_cpu.json``).
     """
     return (clean - perturbed).square().mean()
 
