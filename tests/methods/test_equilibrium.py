@@ -137,7 +137,14 @@ def law(low, high):
 
 
 def test_no_purpose_serves_twice_in_a_turn(build, batch_of):
-    r1 = {"weight": 1.0, "spatial_sigma": 0.1, "temporal_sigma": 0.1, "form": "separate", "on": "both"}
+    r1 = {
+        "weight": 1.0,
+        "spatial_sigma": 0.1,
+        "temporal_sigma": 0.1,
+        "form": "separate",
+        "on": "both",
+        "precision": "engine",
+    }
     stage = build("equilibrium", r1=r1)
     for player, count in (("head", 8), ("student", 5)):
         batch = batch_of()
@@ -230,7 +237,14 @@ def test_real_is_pushed_up_and_generated_down_and_the_student_wants_up(build, ba
 @pytest.mark.parametrize("form", ["separate", "joint", "differences"])
 def test_st_r1_against_its_closed_form_for_a_linear_head(build, form, on):
     count, weight, spatial_sigma, temporal_sigma = 3000, 0.5, 0.3, 0.7
-    r1 = {"weight": weight, "spatial_sigma": spatial_sigma, "temporal_sigma": temporal_sigma, "form": form, "on": on}
+    r1 = {
+        "weight": weight,
+        "spatial_sigma": spatial_sigma,
+        "temporal_sigma": temporal_sigma,
+        "form": form,
+        "on": on,
+        "precision": "engine",
+    }
     stage = build("equilibrium", r1=r1)
     draws = Draws(0, range(count))
     x0, x0_hat = draws.normal("real", (2, 3, 2, 2)), draws.normal("fake", (2, 3, 2, 2))
@@ -273,8 +287,41 @@ def test_st_r1_against_its_closed_form_for_a_linear_head(build, form, on):
             assert abs(float(noise.std()) - temporal_sigma) < 0.03
 
 
+@pytest.mark.parametrize("precision", ["engine", "fp32"])
+def test_st_r1_in_fp32_under_bf16(build, batch_of, precision):
+    """Its value and gradient are those of an fp32 run; in bf16 a difference at sigma 0.01 is rounding."""
+    results = {}
+    for autocast in (False, True):
+        r1 = {"weight": 1.0, "spatial_sigma": 0.01, "temporal_sigma": 0.01, "form": "separate", "on": "real"}
+        stage, batch = build("equilibrium", r1=r1 | {"precision": precision}), batch_of(4)
+        method = stage.method
+        t = method._judge_time(batch)
+        x_t = method._shown(batch.x0, t, batch, "real")
+        stage.calls.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = method.logits(x_t, t, batch.condition)
+            term = method._st_r1(logits, x_t, t, batch, "real")
+        assert len(stage.calls) == (4 if autocast and precision == "fp32" else 3)
+        weights = [p for p in stage.roles["head"].parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(term, weights, allow_unused=True)
+        results[autocast] = float(term.detach()), torch.cat([g.flatten() for g in gradients if g is not None])
+    (exact, wanted), (value, found) = results[False], results[True]
+    gap = float((found - wanted).norm() / wanted.norm())
+    if precision == "fp32":
+        assert value == pytest.approx(exact, rel=1e-4) and gap < 1e-3
+    else:
+        assert gap > 0.05
+
+
 def test_st_r1_switched_off_costs_no_forward(build):
-    r1 = {"weight": 0.0, "spatial_sigma": 0.1, "temporal_sigma": 0.1, "form": "separate", "on": "both"}
+    r1 = {
+        "weight": 0.0,
+        "spatial_sigma": 0.1,
+        "temporal_sigma": 0.1,
+        "form": "separate",
+        "on": "both",
+        "precision": "engine",
+    }
     stage = build("equilibrium", r1=r1)
     outcome = stage.take_turn("head")
     assert "st_r1" not in outcome.scalars and len(stage.calls) == 3

@@ -12,6 +12,8 @@ zero; t is drawn here, the same for real and generated, from a law of the recipe
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -119,7 +121,11 @@ class Equilibrium:
         perturbed_in_time = losses.difference_perturbation if r1.form == "differences" else losses.temporal_perturbation
         temporal = perturbed_in_time(batch.draws.normal_like(f"temporal {which}", x_t), r1.temporal_sigma)
         moves = [spatial + temporal] if r1.form == "joint" else [spatial, temporal]
-        terms = [losses.finite_difference_r1(logits, self.logits(x_t + n, t, batch.condition)) for n in moves]
+        device = x_t.device.type
+        exact = r1.precision == "fp32" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if exact else contextlib.nullcontext():
+            clean = self.logits(x_t, t, batch.condition) if exact else logits
+            terms = [losses.finite_difference_r1(clean, self.logits(x_t + n, t, batch.condition)) for n in moves]
         return torch.stack(terms).sum()
 
     def _student_loss(self, batch: Batch) -> Outcome:
