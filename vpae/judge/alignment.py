@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def _aim(clip: Clip, tracks: Sequence[Track | None], gravity: np.ndarray) -> tup
     """Scores of direction and speed; NaN if the simulator's clip has no flight to judge them on."""
     motions, _ = read_caption(clip.caption)
     speeds = sorted(clip.world.speeds.values())
-    gap = min((b - a for a, b in zip(speeds, speeds[1:], strict=False)), default=speeds[0]) * clip.world.scale
+    gap = min((b - a for a, b in pairwise(speeds)), default=speeds[0]) * clip.world.scale
     directions, paces = [], []
     for i, (motion, runs) in enumerate(zip(motions, simulated_flights(clip), strict=True)):
         # a ball that starts against an obstacle shows its captioned motion in no interval: ask its first long flight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def _steps(motion: _Motion) -> float:
         seen = np.flatnonzero(np.isfinite(motion.positions[:, i, 0]))
         gap = np.diff(seen)
         step = np.linalg.norm(np.diff(motion.positions[seen, i], axis=0), axis=-1)
-        reach = np.array([limit[a:b, i].max() for a, b in zip(seen, seen[1:], strict=False)])
+        reach = np.array([limit[a:b, i].max() for a, b in pairwise(seen)])
         bad[seen[1:], i] += 1 - ramp(step - reach * gap, STEP_FULL * scale, STEP_ZERO * scale)
     bad += 1 - ramp(_overlap(motion), OVERLAP_FULL * scale, OVERLAP_ZERO * scale)
     return float(np.maximum(1 - np.minimum(bad, 1).sum(0) / STEP_BUDGET, 0).mean())
