@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import shlex
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -171,10 +170,6 @@ def _calm_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Exit status: 0 done or interrupted with everything saved, 2 a mistake of the user, 1 a fault of ours."""
     parser = build_parser()
@@ -183,6 +178,7 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, not {arguments.steps}")
     _calm_libraries()
     try:
+        from vpae.engine import signals
         from vpae.engine.launch import note_saved
         from vpae.engine.parallel import leave, speaks
     except ModuleNotFoundError as error:
@@ -191,7 +187,7 @@ def main() -> None:
         sys.exit(2)
 
     # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals.interrupt_on_signals()
     try:
         finished = _dispatch(arguments)
     except KeyboardInterrupt:
@@ -212,6 +208,10 @@ def main() -> None:
             flush=True,
         )
         leave(2)
+    except RuntimeError:
+        if not signals.received():
+            raise
+        finished = False
     if not finished and arguments.command not in ("finetune", "distill", "quickstart"):
         leave(130)
     if not finished and int(os.environ.get("RANK", "0")) == 0:

@@ -68,7 +68,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
         if trainer.turn < trainer.method.turns and not trainer.train():
             return False
         last = phase == "equilibrium" or recipe.equilibrium is None
-        if processes.agree([trainer.stop_signal is not None])[0] and not last:
+        if trainer.stopped and not last:
             return False
     return True
 

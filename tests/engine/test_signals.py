@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,47 @@ def test_a_signal_to_the_launcher_reaches_its_ranks_and_nobody_sees_a_traceback(
     assert run.returncode == 0 and "Traceback" not in err, err[-2000:]
     assert f"interrupted, everything is saved; go on with: vpae {' '.join(arguments)}" in out
     assert list((tmp_path / "run" / "priming" / "checkpoints").glob("step-*/state.json"))
+
+
+LATE = """
+import os, pathlib, sys, time
+from vpae.__main__ import main
+from vpae.engine.trainer import Trainer
+
+train = Trainer.train
+
+def late(self):
+    if os.environ["RANK"] == "1":
+        pathlib.Path(os.environ["LATE_MARK"]).touch()
+        time.sleep(60)
+    return train(self)
+
+Trainer.train = late
+main()
+"""
+
+
+def test_a_signal_while_one_rank_trains_and_another_does_not_yet(micro_recipe, tmp_path):
+    """Rank 1 is interrupted before it listens; rank 0 waits for it inside the loop and loses it."""
+    recipe, mark = write_recipe(_long(micro_recipe), tmp_path / "r.yaml"), tmp_path / "late"
+    command = [sys.executable, "-c", LATE, "distill", str(recipe), "--output", str(tmp_path / "run")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LATE_MARK": str(mark)}
+    ranks = []
+    for rank in "01":
+        environment = os.environ | together | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        ranks.append(subprocess.Popen(command, text=True, env=environment, **pipes))
+    _wait_for(mark)
+    time.sleep(2)  # rank 0 is well inside
+    for rank in ranks:
+        rank.send_signal(signal.SIGINT)
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    for rank, (_, err) in zip(ranks, said, strict=True):
+        assert rank.returncode == 0 and "Traceback" not in err, err[-2000:]
+    assert "interrupted, everything is saved; go on with" in said[0][0]
 
 
 def test_the_launcher_passes_on_the_exit_status(tmp_path):

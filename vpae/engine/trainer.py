@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from vpae import recipe as recipes
 from vpae.draws import Draws
 from vpae.engine import checkpoint as checkpoints
-from vpae.engine import optim
+from vpae.engine import optim, signals
 from vpae.engine.parallel import Processes, autocast, average_gradients, reshard
 from vpae.engine.stream import Stream
 from vpae.engine.tracking import Tracker
@@ -101,7 +100,7 @@ class Trainer:
         self.turn = 0
         self.seconds = 0.0  # spent in turns, over all calls of this run
         self.stream = Stream(run.samples, run.seed)
-        self.stop_signal: str | None = None
+        self.stopped = False  # by a signal, on whichever rank
         self.gathered: dict[str, _Gathered] = {}
 
     @property
@@ -185,39 +184,30 @@ class Trainer:
             UserError: a loss or gradient is not finite, the watch stops the run, or the disk is full.
         """
         end = self.method.turns if until is None else min(until, self.method.turns)
-        previous = self._listen()
-        tracker = Tracker(self.run.folder, self.method.turns, self.turn, self.method.name, self.processes.is_main)
-        saved = self.turn if self.turn else -1
-        try:
-            if self.turn == 0 and self.run.gallery is not None:
-                self.run.gallery(0, tracker)
-            while self.turn < end:
-                self._take_turn(tracker)
-                due = self.turn % self.run.settings.checkpoint_every == 0
-                if self.processes.agree([self.stop_signal is not None])[0]:
-                    break
-                if due and self.turn < end:
+        with signals.noted() as noted:
+            # no rank takes a turn before all of them listen: one that a signal ends earlier would fail the others
+            self.stopped = self.processes.agree([bool(noted)])[0]
+            tracker = Tracker(self.run.folder, self.method.turns, self.turn, self.method.name, self.processes.is_main)
+            saved = self.turn if self.turn else -1
+            try:
+                if self.turn == 0 and self.run.gallery is not None and not self.stopped:
+                    self.run.gallery(0, tracker)
+                while self.turn < end and not self.stopped:
+                    self._take_turn(tracker)
+                    self.stopped = self.processes.agree([bool(noted)])[0]
+                    due = self.turn % self.run.settings.checkpoint_every == 0
+                    if due and self.turn < end and not self.stopped:
+                        self.save()
+                        saved = self.turn
+                if saved != self.turn:
                     self.save()
-                    saved = self.turn
-            if saved != self.turn:
+            except Collapse:
                 self.save()
-        except Collapse:
-            self.save()
-            raise
-        finally:
-            tracker.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+                raise
+            finally:
+                tracker.close()
+            self.stopped = self.processes.agree([bool(noted)])[0]
         return self.turn >= self.method.turns
-
-    def _listen(self) -> dict[int, Any]:
-        def note(number: int, frame: Any) -> None:
-            self.stop_signal = signal.Signals(number).name
-
-        try:
-            return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: the caller owns the signals
-            return {}
 
     def _portion(self, turn: int) -> tuple[int, int]:
         """First stream position and number of samples of a turn."""
