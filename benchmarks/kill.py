@@ -1,6 +1,6 @@
 """kill -9 at random moments: does a run end in the weights of an undisturbed one?
 
-    python benchmarks/kill.py recipes/quickstart.yaml \\
+    python benchmarks/kill.py recipes/quickstart.yaml --ranks 2 \\
         --set priming.student_steps=12 equilibrium.student_steps=24 engine.checkpoint_every=7
 
 ``checkpoint_every`` is small so that kills fall between checkpoints of both phases.
@@ -16,26 +16,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from common import write_result
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from vpae import recipe as recipes
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.tracking import read_log
-from vpae.files import write_json
-from vpae.runs import environment
-
-RESULTS = Path(__file__).parent / "results"
-PHASES = ("priming", "equilibrium")
+from vpae.runs import PHASES
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -61,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1, help="all of them are killed at once, as when a machine dies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", dest="overrides", nargs="+", default=[])
     arguments = parser.parse_args()
@@ -68,9 +67,20 @@ def main() -> None:
     root = Path("outputs/kill") / recipe.name
     shutil.rmtree(root, ignore_errors=True)
 
-    def command(folder: Path) -> list[str]:
+    def start(folder: Path) -> list[subprocess.Popen]:
         base = [sys.executable, "-m", "vpae", "distill", str(arguments.recipe), "--output", str(folder), "--resume"]
-        return [*base, "--set", *arguments.overrides] if arguments.overrides else base
+        command = [*base, "--set", *arguments.overrides] if arguments.overrides else base
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": arguments.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        group["OMP_NUM_THREADS"] = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
+        ranks = [group | {"RANK": r, "LOCAL_RANK": r} for r in range(arguments.ranks)]
+        return [subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in rank.items()}) for rank in ranks]
+
+    def finish(run: list[subprocess.Popen]) -> None:
+        if any([rank.wait() for rank in run]):
+            sys.exit(f"a run failed with status {[rank.returncode for rank in run]}")
 
     def progress(folder: Path) -> list[int]:
         logs = [folder / phase / "log.jsonl" for phase in PHASES]
@@ -79,24 +89,26 @@ def main() -> None:
     def killed(folder: Path, anywhere: bool) -> dict | None:
         """Start or go on, kill at a random moment and say when; None if the run came to its end before."""
         before, started = progress(folder), time.monotonic()
-        run = subprocess.Popen(command(folder))
-        while not anywhere and run.poll() is None and progress(folder) == before:
+        run = start(folder)
+        while not anywhere and run[0].poll() is None and progress(folder) == before:
             time.sleep(0.05)
         ready = time.monotonic() - started
         try:
-            if run.wait(timeout=generator.uniform(0, training / 3)) != 0:
-                sys.exit(f"a resumed run failed with status {run.returncode}")
+            run[0].wait(timeout=generator.uniform(0, training / 3))
+            finish(run)
             return None
         except subprocess.TimeoutExpired:
-            run.kill()
-            run.wait()
+            for rank in run:
+                rank.kill()
+            for rank in run:
+                rank.wait()
         after = time.monotonic() - started
         return {"seconds_after_start": round(after, 2), "seconds_of_training": round(after - ready, 2)} | (
             {"anywhere": True} if anywhere else {}
         )
 
     started = time.monotonic()
-    subprocess.run(command(root / "undisturbed"), check=True)
+    finish(start(root / "undisturbed"))
     took = time.monotonic() - started
     training = sum(read_log(root / "undisturbed" / phase / "log.jsonl")[-1]["seconds"] for phase in PHASES)
     generator, runs, hits = random.Random(arguments.seed), [], 0
@@ -108,7 +120,7 @@ def main() -> None:
                 break
             kills, hits = [*kills, kill], hits + 1
             print(f"kill {hits} of {arguments.kills}: {kill}", flush=True)
-        subprocess.run(command(folder), check=True)  # to its end; nothing to do where it has come to it
+        finish(start(folder))  # to its end; nothing to do where it has come to it
         runs.append({"kills": kills, "differing_tensors": differing(root / "undisturbed", folder)})
         print(f"run {len(runs)}: {len(kills)} kills, {len(runs[-1]['differing_tensors'])} tensors differ", flush=True)
     names = [name for run in runs for name in run["differing_tensors"]]
@@ -116,15 +128,15 @@ def main() -> None:
         "benchmark": "kill",
         "recipe": recipe.name,
         "overrides": arguments.overrides,
-        "date": date.today().isoformat(),
+        "ranks": arguments.ranks,
+        "seed": arguments.seed,
         "seconds_undisturbed": round(took, 1),
         "kills_that_hit_a_running_process": hits,
         "tensors_compared": sum(len(read(root / "undisturbed" / phase)) for phase in PHASES),
         "runs": runs,
         "differing_tensors": names,
-        "environment": environment(),
     }
-    write_json(RESULTS / f"kill_{recipe.name}.json", document)
+    write_result(f"kill_{recipe.name}" + ("" if arguments.ranks == 1 else f"_{arguments.ranks}_ranks"), document)
     print(f"{hits} kills hit, in {len(runs)} runs; {len(names)} tensors differ")
     print(json.dumps({k: document[k] for k in ("benchmark", "recipe", "kills_that_hit_a_running_process")}))
     sys.exit(1 if names else 0)

@@ -14,24 +14,12 @@ import argparse
 import json
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+from common import write_result
 
 from vpae import recipe as recipes
-from vpae.files import write_json
-from vpae.runs import environment
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def commit() -> str:
-    """The checkout's commit, with a plus where files differ from it."""
-    git = ["git", "-C", str(RESULTS.parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return head + ("+" if dirty else "")
 
 
 def main() -> None:
@@ -67,8 +55,6 @@ def main() -> None:
         "benchmark": "main_job",
         "recipe": recipe.name,
         "recipe_digest": recipes.digest(recipe),
-        "date": date.today().isoformat(),
-        "commit": commit(),
         "seeds": arguments.seeds,
         "summary": {key: spread([s[key] for s in summaries]) for key in summaries[0]},
         "rows": {
@@ -78,10 +64,8 @@ def main() -> None:
             for row, first in next(iter(runs.values()))["rows"].items()
         },
         "runs": runs,
-        "environment": environment(),
     }
-    target = RESULTS / f"main_job_{recipe.name}.json"
-    write_json(target, document)
+    target = write_result(f"main_job_{recipe.name}", document)
     for key, value in document["summary"].items():
         print(f"{key:<45}{value['mean']:10.2f} ± {value['standard_error']:.2f}")
     written = json.loads(target.read_text())  # as written: one seed has no standard error, and JSON no NaN

@@ -15,11 +15,11 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import write_result
 from torch import Tensor
 
 from vpae import losses
@@ -32,12 +32,9 @@ from vpae.engine.parallel import autocast, start
 from vpae.engine.trainer import Trainer
 from vpae.errors import UserError
 from vpae.extras import ATTENTION_BACKENDS, check_attention_backend
-from vpae.files import write_json
 from vpae.methods.base import Batch
 from vpae.models import find_model
-from vpae.runs import RECIPE, environment
-
-RESULTS = Path(__file__).parent / "results"
+from vpae.runs import RECIPE
 
 
 def losses_of(trainer: Trainer, phase: str) -> Iterator[tuple[str, str, Callable[[Batch], Tensor]]]:
@@ -155,14 +152,12 @@ def main() -> None:
         "benchmark": "numerics",
         "run": recipes.digest(recipe),
         "against": "fp32, native_math",
-        "date": date.today().isoformat(),
         "batches": arguments.batches,
         "batch": size,
         "rows": rows,
         "left_out": absent,
-        "environment": environment(),
     }
-    write_json(RESULTS / f"numerics_{device}.json", document)
+    write_result(f"numerics_{device}", document)
     print(json.dumps({"benchmark": "numerics", "rows": len(rows), "left_out": absent}))
 
 

@@ -104,7 +104,11 @@ def test_the_main_job_at_micro_size(vpae, micro_recipe, tmp_path):
     done = vpae("quickstart", "--recipe", recipe, "--output", tmp_path / "job")
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "job" / "results.json").read_text())
-    assert set(results["rows"]) == {"teacher 4 NFE", "teacher 1 NFE", "student 1 NFE", "student 4 NFE"}
+    students = {"student 1 NFE", "student 4 NFE", "phase I 1 NFE"}
+    assert set(results["rows"]) == {"teacher 4 NFE", "teacher 1 NFE"} | students
+    assert results["rows"]["phase I 1 NFE"]["values"] != results["rows"]["student 1 NFE"]["values"]
+    card = (tmp_path / "job" / "student" / "README.md").read_text()
+    assert "2 Bounce test clips" in card and "student 1 NFE" in card and "height=32, width=32, num_frames=5" in card
     for name in ("report.html", "comparison.mp4", "comparison.png", "student/proof.json"):
         assert (tmp_path / "job" / name).is_file(), name
     assert "teacher 4 NFE" in done.stdout
@@ -120,6 +124,104 @@ def test_the_main_job_at_micro_size(vpae, micro_recipe, tmp_path):
 )
 def test_mistaken_paths(vpae, arguments, parts):
     _refused(vpae(*arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "tiny_wan", "--batch", "0"],
+        ["evaluate", "tiny_wan", "--steps", "-1"],
+        ["sample", "tiny_wan", "--num-frames", "-3"],
+        ["sample", "tiny_wan", "--fps", "0"],
+        ["quickstart", "--ranks", "0"],
+        ["bounce", "--count", "0"],
+    ],
+)
+def test_impossible_numbers_are_refused_where_they_stand(arguments, capsys, monkeypatch):
+    from vpae.__main__ import build_parser
+
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(arguments)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and arguments[-2] in said and "must be" in said
+
+
+def test_a_folder_whose_run_failed_before_it_trained_may_be_used_again(vpae, micro_recipe, tmp_path):
+    micro_recipe["equilibrium"] = None
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    command = ["distill", recipe, "--output", tmp_path / "run"]
+    _refused(vpae(*command, "--set", "priming.fake_lora.targets=[no_such_layer]"), "no_such_layer")
+    done = vpae(*command)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_folder_of_something_else_is_left_alone(vpae, micro_recipe, tmp_path):
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    _refused(vpae("distill", recipe, "--output", tmp_path / "mine"), "is not empty and holds no vpae run", "--output")
+    _refused(vpae("distill", recipe, "--output", tmp_path / "mine" / "thesis.tex" / "run"), "thesis.tex", "written")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_disk_that_fills_during_an_export_is_one_line(vpae, micro_recipe, finished, tmp_path):
+    """A limit on the size of files stands for the full disk: the same calls fail in the same libraries."""
+    import subprocess
+    import sys
+
+    run = _run(vpae, micro_recipe, finished)
+    command = f"ulimit -f 40; exec {sys.executable} -m vpae export {run} --output {tmp_path / 'student'}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300)
+    _refused(done, "student.partial", "cannot be written", "File too large")
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_transformer_that_the_cache_does_not_fit_is_named(micro_recipe, micro_pipeline, tmp_path):
+    """Same encoders, so the cache's fingerprint agrees; the transformer is of another architecture."""
+    from conftest import MICRO_TRANSFORMER
+
+    from vpae import recipe as recipes
+    from vpae.distill import distill
+    from vpae.engine.parallel import start
+    from vpae.errors import UserError
+    from vpae.export.folder import write_transformer
+    from vpae.models import fresh_transformer
+
+    for key, value, words in (("out_channels", 8, "latent channels is 16"), ("text_dim", 32, "text width is 128")):
+        other = shutil.copytree(micro_pipeline, tmp_path / key)
+        transformer = fresh_transformer(MICRO_TRANSFORMER | {key: value}, 0)
+        write_transformer(transformer.config, dict(transformer.state_dict()), other)
+        micro_recipe["teacher"]["path"] = str(other)
+        with pytest.raises(UserError, match=rf"cache .* and the transformer in .*{key} do not fit: {words}"):
+            distill(recipes.from_plain(micro_recipe, "test"), tmp_path / f"run-{key}", False, start())
+
+
+def test_an_exported_student_is_sampled_at_the_shape_it_was_trained_on(vpae, micro_recipe, finished, tmp_path):
+    from vpae.data.videos import read_video
+
+    run = _run(vpae, micro_recipe, finished)
+    Image.fromarray(np.full((50, 70, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
+    done = vpae("sample", run, "--image", tmp_path / "photo.jpg", "--prompt", "p", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_video(tmp_path / "out" / "000-photo.mp4").shape == (5, 32, 32, 3)
+
+
+def test_a_fault_after_a_signal_is_hidden_only_where_another_rank_left(monkeypatch, capsys):
+    from vpae import __main__ as program
+    from vpae.engine import signals
+
+    monkeypatch.setattr(signals, "received", lambda: True)
+    monkeypatch.setattr("sys.argv", ["vpae", "distill", "r.yaml"])
+    for words, hidden in (("[gloo/tcp/pair.cc:553] Connection closed by peer", True), ("out of memory", False)):
+
+        def fails(arguments, words=words):
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(program, "_dispatch", fails)
+        with pytest.raises(SystemExit if hidden else RuntimeError) as ended:
+            program.main()
+        if hidden:
+            assert ended.value.code == 0 and "the last checkpoint is whole" in capsys.readouterr().out
 
 
 def test_mistakes_in_a_recipe(vpae, micro_recipe, tmp_path):
@@ -229,7 +331,7 @@ def test_a_full_disk_is_one_line(number, monkeypatch, capsys):
         program.main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and len(said.splitlines()) == 1
-    assert "no space left" in said and "outputs/log.jsonl" in said and "--resume" in said
+    assert "no room" in said and "outputs/log.jsonl" in said and "free some space" in said and "--resume" not in said
 
 
 def test_another_fault_of_the_disk_is_not_taken_for_a_full_one(monkeypatch):

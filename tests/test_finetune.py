@@ -77,6 +77,23 @@ def test_vae_then_teacher_then_a_pipeline_that_samples(vpae, micro_recipe, tmp_p
     assert sum(f.suffix == ".safetensors" for f in (tmp_path / "teacher" / "pipeline").rglob("*")) == 4
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"init": "nowhere"}, "init 'nowhere' is not a VAE of the recipe's architecture"),
+        ({"engine": {"compile": True}}, "engine.compile: true is for transformers"),
+        ({"engine": {"checkpointing": True}}, "engine.checkpointing: true is for transformers"),
+        ({"training": {"stages": [{"steps": 1, "frames": 4, "batch": 1}]}}, "needs 4k . 1 frames"),
+    ],
+)
+def test_a_vae_recipe_that_cannot_be_trained_is_refused(micro_recipe, tmp_path, change, words):
+    plain = _vae_recipe(micro_recipe)
+    for key, value in change.items():
+        plain[key] = plain[key] | value if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=words):
+        finetune(recipes.from_plain(plain, "test"), tmp_path / "run", False, start())
+
+
 def test_vae_training_resumes_exactly_inside_its_curriculum(micro_recipe, tmp_path):
     recipe = recipes.from_plain(_vae_recipe(micro_recipe), "test")
     assert finetune(recipe, tmp_path / "whole", False, start())

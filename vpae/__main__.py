@@ -15,6 +15,23 @@ from vpae import __version__
 from vpae.errors import UserError
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+_count.__name__, _rate.__name__ = "whole number", "number"  # argparse names the type in "invalid ... value"
+
+
 def _override_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
@@ -56,16 +73,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--image", type=Path, action="append", default=[], help="first frame (repeatable)")
     sample.add_argument("--prompt", action="append", default=[], help="caption of the image at the same place")
-    sample.add_argument("--bounce", type=int, metavar="N", help="take first frame and caption of N Bounce test clips")
-    sample.add_argument("--steps", type=int, default=1, help="denoising steps (1 and 4: the student's own rule)")
+    sample.add_argument("--bounce", type=_count, metavar="N", help="first frames and captions of N Bounce test clips")
+    sample.add_argument("--steps", type=_count, default=1, help="denoising steps (1 and 4: the student's own rule)")
     sample.add_argument(
         "--sampler", choices=("renoise", "euler"), help="default: renoise at 1 and 4 steps without guidance, else euler"
     )
     sample.add_argument("--guidance-scale", type=float, default=1.0)
     sample.add_argument("--negative-prompt", default="")
-    sample.add_argument("--num-frames", type=int, default=17)
-    sample.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: the image's own")
-    sample.add_argument("--fps", type=float, default=8.0)
+    sample.add_argument("--num-frames", type=_count, help="4k + 1; default: as its recipe says, else 17")
+    sample.add_argument(
+        "--size",
+        type=_count,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="images are scaled and centre-cropped to it; default: as the model's recipe says, else the image's own",
+    )
+    sample.add_argument("--fps", type=_rate, default=8.0)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--output", type=Path, default=Path("outputs/samples"))
 
@@ -73,9 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
     evaluate.add_argument("--role", help="of a run folder: student, ema (default), teacher, fake_score or judge")
     evaluate.add_argument("--split", default="test", choices=("validation", "test"))
-    evaluate.add_argument("--clips", type=int, default=64)
-    evaluate.add_argument("--batch", type=int, default=16)
-    evaluate.add_argument("--steps", type=int, default=1)
+    evaluate.add_argument("--clips", type=_count, default=64)
+    evaluate.add_argument("--batch", type=_count, default=16)
+    evaluate.add_argument("--steps", type=_count, default=1)
     evaluate.add_argument("--sampler", choices=("renoise", "euler"))
     evaluate.add_argument("--guidance-scale", type=float, default=1.0)
     evaluate.add_argument("--seed", type=int, default=0)
@@ -89,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bounce = commands.add_parser("bounce", help="write clips of the simulated world as mp4 with captions and states")
     bounce.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    bounce.add_argument("--count", type=int, default=16)
+    bounce.add_argument("--count", type=_count, default=16)
     bounce.add_argument("--start", type=int, default=0)
     bounce.add_argument("--pairs", action="store_true", help="pairs of a plausible and an impossible version instead")
     bounce.add_argument("--output", type=Path, default=Path("outputs/bounce"))
@@ -98,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--recipe", type=Path, help="default: recipes/quickstart.yaml")
     _override_option(quickstart)
     quickstart.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    quickstart.add_argument("--ranks", type=int, metavar="N", help="processes (default: one a GPU, or 2 on CPU)")
+    quickstart.add_argument("--ranks", type=_count, metavar="N", help="processes (default: one a GPU, or 2 on CPU)")
     quickstart.add_argument("--fresh", action="store_true", help="start over instead of going on with an earlier run")
     return parser
 
@@ -170,17 +193,22 @@ def _calm_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+# what a file system says when it will not: the user's to mend
+_REFUSED = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+
+
 def main() -> None:
     """Exit status: 0 done or interrupted with everything saved, 2 a mistake of the user, 1 a fault of ours."""
     parser = build_parser()
     arguments = parser.parse_args()
-    if getattr(arguments, "steps", 1) < 1:
-        parser.error(f"--steps must be at least 1, not {arguments.steps}")
     _calm_libraries()
     try:
         from vpae.engine import signals
         from vpae.engine.launch import note_saved
-        from vpae.engine.parallel import leave, speaks
+        from vpae.engine.parallel import leave, lost_a_rank, speaks
     except ModuleNotFoundError as error:
         mend = "install with ./launch/install.sh, then: source .venv/bin/activate"
         print(f"error: {sys.executable} has no {error.name}; {mend}", file=sys.stderr)
@@ -188,6 +216,7 @@ def main() -> None:
 
     # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
     signals.interrupt_on_signals()
+    saved = "everything is saved"
     try:
         finished = _dispatch(arguments)
     except KeyboardInterrupt:
@@ -199,25 +228,27 @@ def main() -> None:
     except BrokenPipeError:
         leave(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _REFUSED:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        where = f"{error.filename}: " if error.filename else ""
+        what = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        again = " with --resume" if arguments.command in ("finetune", "distill") else ""
         print(
-            f"error: no space left on the disk{where}; free some, what is written is whole, then go on with --resume",
+            f"error: {where}{error.strerror}; {what} and give the command again{again}, what is written is whole",
             file=sys.stderr,
             flush=True,
         )
         leave(2)
-    except RuntimeError:
-        if not signals.received():
+    except RuntimeError as error:
+        if not (signals.received() and lost_a_rank(error)):
             raise
-        finished = False
+        finished, saved = False, "the last checkpoint is whole"
     if not finished and arguments.command not in ("finetune", "distill", "quickstart"):
         leave(130)
     if not finished and int(os.environ.get("RANK", "0")) == 0:
         line = shlex.join(a for a in sys.argv[1:] if a not in ("--resume", "--fresh"))
         more = "" if arguments.command == "quickstart" else " --resume"
-        print(f"interrupted, everything is saved; go on with: vpae {line}{more}", flush=True)
+        print(f"interrupted, {saved}; go on with: vpae {line}{more}", flush=True)
         note_saved()
     leave(0, together=finished)
 

@@ -79,6 +79,10 @@ def sample(arguments: argparse.Namespace) -> bool:
     """Images and prompts to mp4 and a contact sheet."""
     model = load_model(arguments.model, arguments.role)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    shape = model.shape
+    num_frames = arguments.num_frames or shape[0]
+    if num_frames % 4 != 1:
+        raise UserError(f"--num-frames must be 4k + 1 (17, 81, ...), not {num_frames}")
     if arguments.bounce:
         clips = clips_of(model.world, "test", arguments.bounce)
         pictures, prompts = [c.frames[0] for c in clips], [c.caption for c in clips]
@@ -89,14 +93,12 @@ def sample(arguments: argparse.Namespace) -> bool:
                 f"give one --prompt for each --image, in the same order (got {len(arguments.image)} images and "
                 f"{len(arguments.prompt)} prompts), or --bounce N"
             )
-        size = None if arguments.size is None else (arguments.size[0], arguments.size[1])
+        size = tuple(arguments.size) if arguments.size else shape[1:] if model.recipe else None
         pictures = [read_picture(p, size) for p in arguments.image]
         prompts, names = arguments.prompt, [f"{i:03d}-{p.stem}" for i, p in enumerate(arguments.image)]
-    if arguments.num_frames % 4 != 1:
-        raise UserError(f"--num-frames must be 4k + 1 (17, 81, ...), not {arguments.num_frames}")
     null_text, rows = encoders.texts([arguments.negative_prompt]), []
     for i, (name, picture, prompt) in enumerate(zip(names, pictures, prompts, strict=True)):
-        condition = encoders.condition([picture], [prompt], arguments.num_frames).widened(null_text.shape[1])
+        condition = encoders.condition([picture], [prompt], num_frames).widened(null_text.shape[1])
         latents = sample_latents(
             model.role,
             condition,
@@ -108,7 +110,6 @@ def sample(arguments: argparse.Namespace) -> bool:
             scheduler=encoders.pipeline.scheduler,
         )
         frames = encoders.decode(latents)[0]
-        arguments.output.mkdir(parents=True, exist_ok=True)
         write_video(arguments.output / f"{name}.mp4", frames, arguments.fps)
         rows.append((prompt, frames))
         print(f"{arguments.output / f'{name}.mp4'}: {prompt}")
@@ -131,6 +132,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
         batch=arguments.batch,
         sampler=arguments.sampler,
         guidance_scale=arguments.guidance_scale,
+        negative_prompt=getattr(getattr(model.recipe, "data", None), "negative_prompt", ""),
         processes=processes,
     )
     if not processes.is_main:
@@ -143,7 +145,6 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
     print(f"  {'frechet':<18}{sampled.scores.frechet:8.3f}")
     print(f"  {'seconds per clip':<18}{sampled.seconds_per_clip:8.4f} (denoiser)")
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
         record = {
             "model": model.source,
             "split": arguments.split,

@@ -79,7 +79,7 @@ class Condition:
         return replace(self, text=_fit(self.text, max(rows, self.text.shape[1])))
 
     def drop(self, null_text: Tensor, where: Tensor) -> Condition:
-        """Replace the text of the samples where ``where`` ``[B]`` is true by the empty prompt."""
+        """Replace the text of the samples where ``where`` ``[B]`` is true by the unconditional one."""
         return replace(self, text=torch.where(where.reshape(-1, 1, 1), self.null(null_text).text, self.text))
 
 

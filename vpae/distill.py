@@ -36,9 +36,7 @@ from vpae.models import (
 )
 from vpae.recipe import Distill
 from vpae.roles import copy_weights
-from vpae.runs import first_difference, open_folder
-
-PHASES = ("priming", "equilibrium")
+from vpae.runs import PHASES, first_difference, open_folder
 
 
 def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Processes) -> bool:
@@ -67,8 +65,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
                 hand_over(recipe, Path(recipe.priming_run), trainer, None, processes)
         if trainer.turn < trainer.method.turns and not trainer.train():
             return False
-        last = phase == "equilibrium" or recipe.equilibrium is None
-        if trainer.stopped and not last:
+        if trainer.stopped:  # in the very last turn
             return False
     return True
 
@@ -104,7 +101,7 @@ def build_phase(
         folder=folder / phase,
         settings=recipe.engine,
         seed=seed_of(recipe.seed, phase),
-        identity=_identity(recipe, cache.fingerprint, phase),
+        identity=_identity(recipe, cache.fingerprint, cache.latent_shape, phase),
         recipe_text=recipes.dump(recipe),
         fetch=cache.fetch,
         samples=len(cache),
@@ -115,9 +112,9 @@ def build_phase(
     return Trainer(method, run, processes)
 
 
-def _identity(recipe: Distill, data: str, phase: str) -> dict[str, Any]:
+def _identity(recipe: Distill, data: str, latent_shape: tuple[int, ...], phase: str) -> dict[str, Any]:
     """Phase I does not depend on what comes after it, phase II depends on what it starts from."""
-    identity = identity_of(recipe, data, phase)
+    identity = identity_of(recipe, data, phase) | {"latent_shape": list(latent_shape)}
     if phase == "priming":
         del identity["equilibrium"], identity["priming_run"]
     identity["teacher"] = {**identity["teacher"], "weights": weights_fingerprint(find_model(recipe.teacher.path))}
@@ -164,7 +161,7 @@ def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, pr
     Args:
         run: folder of the run that holds phase I.
         data: fingerprint of the cache that phase I must have seen, and with it the whole recipe that it must have been
-            run with; None: another run's phase I, which needs the same teacher and the same kind of student alone.
+            run with; None: another run's phase I, of which only teacher, student and shape of clips must agree.
 
     Raises:
         UserError: phase I is not there or not finished, or is not one to go on from.
@@ -173,9 +170,10 @@ def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, pr
     found = checkpoints.find(priming / "checkpoints")
     if found is None:
         raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
-    theirs, mine = found.state["identity"], _identity(recipe, data or "", "priming")
+    shape = tuple(trainer.run.identity["latent_shape"])
+    theirs, mine = found.state["identity"], _identity(recipe, data or "", shape, "priming")
     if data is None:
-        theirs, mine = ({key: of.get(key) for key in ("teacher", "student")} for of in (theirs, mine))
+        theirs, mine = ({key: of.get(key) for key in ("teacher", "student", "latent_shape")} for of in (theirs, mine))
     difference = first_difference(theirs, mine)
     if difference:
         raise UserError(f"phase II cannot go on from phase I in {priming}: {difference}")

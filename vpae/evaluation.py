@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,38 +80,45 @@ def sample_clips(
     Every rank of ``processes`` samples a part with its own whole network, and all return the same.
     """
     processes = processes or alone()
-    null_text = encoders.texts([negative_prompt])
-    frames: dict[int, np.ndarray] = {}
-    seconds = 0.0
+    options = {"steps": steps, "sampler": sampler, "guidance_scale": guidance_scale}
     mine = range(processes.rank * batch, len(clips), processes.size * batch)
-    for start in tqdm(mine, desc=label, unit="batch", leave=False, disable=not processes.is_main):
-        part = clips[start : start + batch]
-        condition = encoders.condition([c.frames[0] for c in part], [c.caption for c in part], part[0].world.num_frames)
-        condition = condition.widened(null_text.shape[1])
-        draws = Draws(seed_of(seed, "evaluation"), range(start, start + len(part)), encoders.device)
-        null = condition.null(null_text) if guidance_scale != 1.0 else None
-        if start == mine[0]:  # the first forward allocates and chooses kernels: it is not timed
-            role.velocity(
-                draws.normal_like("warm-up", condition.latent), condition.latent.new_ones(len(part)), condition
-            )
-        _wait(encoders.device)
-        started = time.perf_counter()
-        latents = sample_latents(
-            role,
-            condition,
-            null,
-            draws,
-            steps=steps,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            scheduler=encoders.pipeline.scheduler,
-        )
-        _wait(encoders.device)
-        seconds += time.perf_counter() - started
-        frames |= enumerate(encoders.decode(latents), start)
-    parts = processes.gather((frames, seconds))
+    bar = tqdm(mine, desc=label, unit="batch", leave=False, disable=not processes.is_main)
+    part = processes.together(lambda: _sample(role, encoders, clips, bar, seed, batch, negative_prompt, options))
+    parts = processes.gather(part)
     videos = [video for _, video in sorted(item for part, _ in parts for item in part.items())]
     seconds = sum(spent for _, spent in parts)
     nfe = steps * (1 if guidance_scale == 1.0 else 2)
     judged = processes.together(lambda: judge_set(videos, list(clips)), main_only=True)
     return Sampled(videos, processes.gather(judged)[0], seconds / len(clips), nfe)
+
+
+def _sample(
+    role: Role,
+    encoders: Encoders,
+    clips: Sequence[Clip],
+    starts: Iterable[int],
+    seed: int,
+    batch: int,
+    negative_prompt: str,
+    options: dict[str, Any],
+) -> tuple[dict[int, np.ndarray], float]:
+    """The batches that begin at ``starts``: frames by the clip's place, and the seconds spent in the denoiser."""
+    null_text = encoders.texts([negative_prompt])
+    frames: dict[int, np.ndarray] = {}
+    seconds, device = 0.0, encoders.device
+    for count, start in enumerate(starts):
+        part = clips[start : start + batch]
+        condition = encoders.condition([c.frames[0] for c in part], [c.caption for c in part], part[0].world.num_frames)
+        condition = condition.widened(null_text.shape[1])
+        draws = Draws(seed_of(seed, "evaluation"), range(start, start + len(part)), device)
+        null = condition.null(null_text) if options["guidance_scale"] != 1.0 else None
+        if count == 0:  # the first forward allocates and chooses kernels: it is not timed
+            noise = draws.normal_like("warm-up", condition.latent)
+            role.velocity(noise, condition.latent.new_ones(len(part)), condition)
+        _wait(device)
+        started = time.perf_counter()
+        latents = sample_latents(role, condition, null, draws, scheduler=encoders.pipeline.scheduler, **options)
+        _wait(device)
+        seconds += time.perf_counter() - started
+        frames |= enumerate(encoders.decode(latents), start)
+    return frames, seconds

@@ -6,12 +6,34 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vpae.errors import UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around calls that write ``path`` (a file or a folder): whatever the file system refuses becomes one line.
+
+    Raises:
+        UserError: ``path`` cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # FFmpeg's and shutil's own errors are OSErrors too
+        raise UserError(f"{path}: cannot be written ({_reason(error)}); free space or choose another") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])  # the first of the files that could not be copied
+    return getattr(error, "strerror", None) or str(error)
 
 
 @contextmanager
@@ -23,15 +45,12 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:  # FFmpeg's own errors of the file system are OSErrors too
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another"
-        ) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield draft
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.replace(path)
     finally:
         if path.parent.is_dir():
             draft.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 
 from vpae import recipe as recipes
 from vpae.data.cache import prepare
-from vpae.data.encoders import Encoders, load_transformer, quiet
+from vpae.data.encoders import Encoders, load_transformer, quiet, to_pixels
 from vpae.data.sources import Source, open_source
 from vpae.data.tiny import write_encoders
 from vpae.draws import Draws, seed_of
@@ -21,7 +21,7 @@ from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
 from vpae.export.folder import MODEL_INDEX, write_transformer
-from vpae.files import write_json
+from vpae.files import write_json, writing
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
 from vpae.methods.vae import Frames, VaeMethod
@@ -68,6 +68,9 @@ def first_vae(recipe: FinetuneVae) -> AutoencoderKLWan:
 
 def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Processes) -> bool:
     """Train a VAE; at the end ``folder/vae`` is a diffusers folder with its latents' mean and std measured."""
+    for key in ("compile", "checkpointing"):
+        if getattr(recipe.engine, key):
+            raise UserError(f"engine.{key}: true is for transformers; set it to false for a VAE")
     open_folder(folder, recipe, resume, processes)
     source = open_source(recipe.source)
     first = first_vae(recipe)
@@ -92,8 +95,7 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
                 raise UserError(f"clip {source[index].name} has {len(clip)} frames, a stage of training wants {frames}")
             start = int(u * (len(clip) - frames + 1))
             clips.append(clip[start : start + frames])
-        pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return Frames(pixels.to(processes.device), draws)
+        return Frames(to_pixels(clips, processes.device), draws)
 
     run = Run(
         folder=folder,
@@ -130,27 +132,25 @@ def _finish_vae(
     vae.load_state_dict(state)
     vae.eval()
 
-    def pixels(clips: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
     if moments is None:
         generator = np.random.Generator(np.random.PCG64(seed_of(recipe.seed, "moments")))
         chosen = generator.choice(len(source), min(128, len(source)), replace=False)
         latents = torch.cat(
             [
-                vae.encode(pixels([source[int(i)].frames for i in chosen[k : k + 8]])).latent_dist.mode()
+                vae.encode(to_pixels([source[int(i)].frames for i in chosen[k : k + 8]])).latent_dist.mode()
                 for k in range(0, len(chosen), 8)
             ]
         )
         moments = tuple([round(v, 6) for v in of((0, 2, 3, 4)).tolist()] for of in (latents.mean, latents.std))
     vae.register_to_config(latents_mean=list(moments[0]), latents_std=list(moments[1]))
-    vae.save_pretrained(folder / "vae", max_shard_size="15MB")
+    with writing(folder / "vae"):
+        vae.save_pretrained(folder / "vae", max_shard_size="15MB")
     held_out = {"split": "test", "start": 0, "count": recipe.evaluate_clips}
     is_bounce = recipe.source.get("kind") == "bounce"
     test = open_source(recipe.source | held_out) if is_bounce else source
     psnr = []
     for i in range(min(len(test), recipe.evaluate_clips)):
-        x = pixels([test[i].frames])
+        x = to_pixels([test[i].frames])
         error = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x).square().mean()
         psnr.append(float(10 * torch.log10(4 / error)))
     report = {
@@ -192,7 +192,8 @@ def _copied(given: Path, target: Path, scheduler_shift: float) -> None:
         return
     draft = target.with_name(target.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(given, draft)
+    with writing(draft):
+        shutil.copytree(given, draft)
     config = draft / "scheduler" / "scheduler_config.json"
     plain = json.loads(config.read_text(encoding="utf-8"))
     plain["flow_shift" if "flow_shift" in plain else "shift"] = scheduler_shift  # UniPC's name for it, and Euler's
@@ -203,9 +204,10 @@ def _copied(given: Path, target: Path, scheduler_shift: float) -> None:
 def _composed(vae: Path, target: Path, scheduler_shift: float) -> None:
     if (target / "model_index.json").is_file():
         return
-    target.mkdir(parents=True, exist_ok=True)
-    write_encoders(target, scheduler_shift)
-    shutil.copytree(vae, target / "vae", dirs_exist_ok=True)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        write_encoders(target, scheduler_shift)
+        shutil.copytree(vae, target / "vae", dirs_exist_ok=True)
     write_json(target / "model_index.json", MODEL_INDEX)
 
 

@@ -1,7 +1,8 @@
 """Discriminator heads: block features of the judge to one logit a video (torch alone).
 
 Every head takes ``features`` (one ``[B, L, D]`` a tap), the token ``grid`` (frames, height, width; L is their product),
-and the condition's tokens, and returns logits ``[B]``. V-PAE's ablation: convolutional < cross-attention < semantic.
+and the condition's tokens, and returns logits ``[B]``. None receives t: the features, which it modulates, carry it.
+V-PAE's ablation: convolutional < cross-attention < semantic.
 """
 
 from __future__ import annotations

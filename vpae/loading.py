@@ -26,9 +26,8 @@ from vpae.models import (
 )
 from vpae.recipe import Distill, FinetuneFlow
 from vpae.roles import Role
-from vpae.runs import RECIPE
+from vpae.runs import PHASES, RECIPE
 
-PHASES = ("equilibrium", "priming")  # the later one first
 ROLES = ("student", "ema", "teacher", "fake_score", "judge")
 
 
@@ -51,9 +50,14 @@ class Model:
         return getattr(getattr(self.recipe, "data", None), "source", {})
 
     @property
+    def is_bounce(self) -> bool:
+        """Whether it was trained on the simulated world, as far as its recipe tells."""
+        return self._source.get("kind") == "bounce"
+
+    @property
     def world(self) -> World:
         """The Bounce world it was trained on; the default one where that is unknown or other data."""
-        return World.from_dict(self._source.get("world", {})) if self._source.get("kind") == "bounce" else World()
+        return World.from_dict(self._source.get("world", {})) if self.is_bounce else World()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -106,7 +110,7 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
     chosen, stored = _role_of(recipe, cast, role)
     if chosen is cast.teacher:
         return Model(chosen, pipeline, recipe, f"{role} {pipeline}")
-    for name in PHASES if only is None else (only,):
+    for name in reversed(PHASES) if only is None else (only,):
         found = checkpoints.find(run / name / "checkpoints")
         if found is not None:
             _check_base(found, pipeline)

@@ -11,7 +11,7 @@ from typing import Any
 from vpae import recipe as recipes
 from vpae.data.bounce import Clip
 from vpae.data.encoders import Encoders
-from vpae.distill import PHASES, distill
+from vpae.distill import distill
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes
 from vpae.engine.tracking import read_log
@@ -23,9 +23,10 @@ from vpae.judge.judge import SetScores, judge_set
 from vpae.loading import Model, load_model
 from vpae.recipe import Distill
 from vpae.report import Variant, format_headline, format_table, write_comparison, write_report
-from vpae.runs import RECIPE, environment
+from vpae.runs import PHASES, RECIPE, environment
 
 _SHOWN = 8  # clips on the page
+_TABLE_ONLY = ("student 4 NFE", "phase I 1 NFE")
 
 
 def default_recipe() -> Path:
@@ -75,7 +76,8 @@ def compare(recipe: Distill, folder: Path, started: float, processes: Processes)
     student, teacher = load_model(folder), load_model(folder, "teacher")
     encoders = Encoders(student.pipeline, student.role.backbone.transformer.device)
     clips = clips_of(student.world, "test", recipe.evaluate.clips)
-    rows = processes.together(lambda: judge_rows(recipe, student, teacher, encoders, clips, processes))
+    primed = load_model(folder, phase="priming") if recipe.priming and recipe.equilibrium else None
+    rows = judge_rows(recipe, student, teacher, primed, encoders, clips, processes)
     processes.together(lambda: _write(recipe, folder, started, student, clips, rows), main_only=True)
 
 
@@ -83,8 +85,9 @@ def _write(
     recipe: Distill, folder: Path, started: float, student: Model, clips: list[Clip], rows: dict[str, Sampled]
 ) -> None:
     real = judge_set([c.frames for c in clips], clips)
-    summary = summarise(rows)
-    proof = export_student(student, folder / "student", {k: f"{v:.4g}" for k, v in summary.items()})
+    summary, variants = summarise(rows), variants_of(rows)
+    table = f"{format_table(variants, _scores(real))}\n{format_headline(variants)}"
+    proof = export_student(student, folder / "student", f"{len(clips)} Bounce test clips:\n\n```\n{table}\n```")
     results = {
         "recipe": recipes.digest(recipe),
         "seed": recipe.seed,
@@ -98,13 +101,26 @@ def _write(
         "environment": environment(),
     }
     write_json(folder / "results.json", results)
-    show(recipe, folder, clips, real, rows, results)
+    page = show(recipe, folder, clips, real, variants, results)
+    print(table)
+    print(f"{folder / 'student'}: exported, proven (latents differ by at most {proof.max_error:.1e})")
+    print(f"{page}, {folder / 'comparison.mp4'}, {folder / 'comparison.png'}")
 
 
 def judge_rows(
-    recipe: Distill, student: Model, teacher: Model, encoders: Encoders, clips: list[Clip], processes: Processes
+    recipe: Distill,
+    student: Model,
+    teacher: Model,
+    primed: Model | None,
+    encoders: Encoders,
+    clips: list[Clip],
+    processes: Processes,
 ) -> dict[str, Sampled]:
-    """Teacher at full and at one step, student at one and four, on the same clips and the same noise."""
+    """Teacher at full and at one step, student at one and four, on the same clips and the same noise.
+
+    Args:
+        primed: the student as phase I left it, to see what phase II is good for; None where one phase was run.
+    """
     settings = recipe.evaluate
     full = {"steps": settings.teacher_steps, "guidance_scale": settings.teacher_guidance, "sampler": "euler"}
     evaluations = settings.teacher_steps * (1 if settings.teacher_guidance == 1.0 else 2)
@@ -114,6 +130,8 @@ def judge_rows(
         "student 1 NFE": (student, {"steps": 1}),
         "student 4 NFE": (student, {"steps": 4}),
     }
+    if primed is not None:
+        plans["phase I 1 NFE"] = (primed, {"steps": 1})
     return {
         name: sample_clips(
             model.role,
@@ -131,34 +149,47 @@ def judge_rows(
 
 
 def summarise(rows: dict[str, Sampled]) -> dict[str, float]:
-    """The three bars of the job: how near, how lively, how much faster."""
+    """The three bars of the job: how near, how lively, how much faster; and how near one step was before it."""
     teacher, student = next(iter(rows.values())), rows["student 1 NFE"]
-    mine, theirs = student.scores.values, teacher.scores.values
 
-    def percent(key: str) -> float:
-        return 100 * mine[key] / theirs[key] if theirs[key] > 0 else math.nan
+    def percent(row: str, key: str) -> float:
+        mine, theirs = rows[row].scores.values[key], teacher.scores.values[key]
+        return 100 * mine / theirs if theirs > 0 else math.nan
 
-    return {
-        "student_mean_percent_of_teacher": percent("mean"),
-        "student_dynamic_degree_percent_of_teacher": percent("dynamic_degree"),
+    summary = {
+        "student_mean_percent_of_teacher": percent("student 1 NFE", "mean"),
+        "student_dynamic_degree_percent_of_teacher": percent("student 1 NFE", "dynamic_degree"),
         "denoiser_speedup": teacher.seconds_per_clip / student.seconds_per_clip,
+        "undistilled_mean_percent_of_teacher": percent("teacher 1 NFE", "mean"),
     }
+    if "phase I 1 NFE" in rows:
+        summary["phase_one_mean_percent_of_teacher"] = percent("phase I 1 NFE", "mean")
+    return summary
 
 
 def _scores(scores: SetScores) -> dict[str, float]:
     return {**scores.values, "frechet": scores.frechet}
 
 
-def show(
-    recipe: Distill, folder: Path, clips: list[Clip], real: SetScores, rows: dict[str, Sampled], results: dict[str, Any]
-) -> None:
-    """comparison.mp4, comparison.png, report.html, and the table in the terminal."""
-    captions, frames = [c.caption for c in clips[:_SHOWN]], [c.frames for c in clips[:_SHOWN]]
-    variants = [
-        Variant(name.split()[0], s.nfe, s.frames[:_SHOWN], _scores(s.scores), s.seconds_per_clip)
+def variants_of(rows: dict[str, Sampled]) -> list[Variant]:
+    """The rows as the report takes them."""
+    return [
+        Variant(name, s.nfe, [] if name in _TABLE_ONLY else s.frames[:_SHOWN], _scores(s.scores), s.seconds_per_clip)
         for name, s in rows.items()
     ]
-    side_by_side = [v for name, v in zip(rows, variants, strict=True) if name != "student 4 NFE"]
+
+
+def show(
+    recipe: Distill,
+    folder: Path,
+    clips: list[Clip],
+    real: SetScores,
+    variants: list[Variant],
+    results: dict[str, Any],
+) -> Path:
+    """comparison.mp4, comparison.png, report.html (whose path comes back)."""
+    captions, frames = [c.caption for c in clips[:_SHOWN]], [c.frames for c in clips[:_SHOWN]]
+    side_by_side = [v for v in variants if v.frames]
     write_comparison(folder, captions, [("real", frames), *((v.label, v.frames) for v in side_by_side)])
     facts = {
         "Recipe": f"{recipe.name}, seed {recipe.seed}, {results['recipe']}",
@@ -167,7 +198,7 @@ def show(
         **{k: str(v) for k, v in results["environment"].items()},
         "Resolved recipe": recipes.dump(recipe),
     }
-    page = write_report(
+    return write_report(
         folder,
         title="One step: student beside teacher",
         clips=captions,
@@ -177,7 +208,3 @@ def show(
         facts=facts,
         real_scores=_scores(real),
     )
-    print(format_table(variants, _scores(real)))
-    print(format_headline(variants))
-    print(f"{folder / 'student'}: exported, proven (latents differ by at most {results['proof_max_error']:.1e})")
-    print(f"{page}, {folder / 'comparison.mp4'}, {folder / 'comparison.png'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vpae.files import write_text
 from vpae.strict import read_yaml
 
 RECIPE = "recipe.yaml"
+PHASES = ("priming", "equilibrium")  # of a distillation, in order, and their folders' names
 
 
 def open_folder(folder: Path, recipe: recipes.Recipe, resume: bool, processes: Processes) -> None:
@@ -33,17 +35,16 @@ def _claim(folder: Path, recipe: recipes.Recipe, resume: bool) -> None:
     stored = folder / RECIPE
     if stored.is_file():
         difference = first_difference(what_is_learnt(_read(stored)), what_is_learnt(recipes.to_plain(recipe)))
-        if difference:
+        trained = any(folder.rglob("state.json"))
+        if difference and trained:
             raise UserError(f"{folder} already holds a different run ({difference}); choose another --output")
-        if not resume and any(folder.rglob("state.json")):
+        if difference:  # it failed before its first checkpoint: what it had prepared may not be what this recipe wants
+            shutil.rmtree(folder / "pipeline", ignore_errors=True)
+        if trained and not resume:
             raise UserError(f"{folder} already holds this run; go on with --resume, or choose another --output")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no vpae run; choose another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(stored, recipes.dump(recipe))
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+    write_text(stored, recipes.dump(recipe))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def accelerations(velocities: np.ndarray, pair: Pair) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_before_and_visibly_other_from_the_frame_on(pairs, kind):
     for index, pair in enumerate(pairs[kind]):
-        real, fake, frame = pair.plausible, pair.implausible, pair.frame
+        real, fake, frame = pair.plausible, pair.impossible, pair.frame
         assert pair.kind == kind and 4 <= frame <= 12
         assert real.index % STRIDE == index
         assert np.array_equal(real.frames, make_clip(WORLD, "test", real.index).frames)
@@ -45,7 +45,7 @@ def test_same_before_and_visibly_other_from_the_frame_on(pairs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_reproducible(pairs, kind):
     again = make_pair(WORLD, "test", 1, kind)
-    assert np.array_equal(again.implausible.frames, pairs[kind][1].implausible.frames)
+    assert np.array_equal(again.impossible.frames, pairs[kind][1].impossible.frames)
     assert (again.frame, again.ball, again.name) == (pairs[kind][1].frame, pairs[kind][1].ball, pairs[kind][1].name)
     assert make_pair(WORLD, "test", KINDS.index(kind)).kind == kind
 
@@ -53,24 +53,24 @@ def test_reproducible(pairs, kind):
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "vanish"])
 def test_all_balls_stay_in_the_box(pairs, kind):
     for pair in pairs[kind]:
-        fake = pair.implausible
+        fake = pair.impossible
         assert np.all(fake.positions - fake.radii[..., None] > WORLD.wall - 0.3)
         assert np.all(fake.positions + fake.radii[..., None] < WORLD.size - WORLD.wall + 0.3)
 
 
 def test_vanish(pairs):
     for pair in pairs["vanish"]:
-        radii = pair.implausible.radii
+        radii = pair.impossible.radii
         assert np.all(radii[: pair.frame] > 0) and np.all(radii[pair.frame :, pair.ball] == 0)
         assert np.all(radii[:, others(pair)] > 0)
         colour = np.array(COLOURS[pair.plausible.colours[pair.ball]])
-        seen = np.all(pair.implausible.frames == colour, axis=-1).any(axis=(1, 2))
+        seen = np.all(pair.impossible.frames == colour, axis=-1).any(axis=(1, 2))
         assert seen[: pair.frame].all() and not seen[pair.frame :].any()
 
 
 def test_teleport(pairs):
     for pair in pairs["teleport"]:
-        fake, frame = pair.implausible, pair.frame
+        fake, frame = pair.impossible, pair.frame
         jumps = np.linalg.norm(np.diff(fake.positions, axis=0), axis=-1)
         assert jumps[frame - 1, pair.ball] > WORLD.size / 4 - 6
         jumps[frame - 1, pair.ball] = 0
@@ -80,7 +80,7 @@ def test_teleport(pairs):
 
 def test_colour_change(pairs):
     for pair in pairs["colour_change"]:
-        fake, frame, ball = pair.implausible, pair.frame, pair.ball
+        fake, frame, ball = pair.impossible, pair.frame, pair.ball
         new = fake.colours[frame, ball]
         assert new not in pair.plausible.colours and set(fake.colours[frame:, ball]) == {new}
         assert np.array_equal(fake.positions, pair.plausible.positions)
@@ -91,7 +91,7 @@ def test_colour_change(pairs):
 def test_size_change(pairs):
     ratios = set()
     for pair in pairs["size_change"]:
-        fake, frame, ball = pair.implausible, pair.frame, pair.ball
+        fake, frame, ball = pair.impossible, pair.frame, pair.ball
         ratio = fake.radii[frame:, ball] / pair.plausible.radii[frame:, ball]
         ratios.add(round(float(ratio[0]), 3))
         assert np.ptp(ratio) == 0
@@ -103,7 +103,7 @@ def test_gravity_flip(pairs):
     free = 0
     for pair in pairs["gravity_flip"]:
         assert pair.ball is None and pair.plausible.gravity
-        change = np.diff(pair.implausible.velocities[pair.frame - 1 :], axis=0)
+        change = np.diff(pair.impossible.velocities[pair.frame - 1 :], axis=0)
         smooth = np.abs(change[..., 0]) < 1e-6  # no contact in this frame: gravity alone
         pulls = change[..., 1][smooth & (np.abs(change[..., 1]) < 0.5)]
         assert np.allclose(pulls, -WORLD.gravity, atol=1e-6)
@@ -113,7 +113,7 @@ def test_gravity_flip(pairs):
 
 def test_pass_through(pairs):
     for pair in pairs["pass_through"]:
-        real, fake, frame, ball = pair.plausible, pair.implausible, pair.frame, pair.ball
+        real, fake, frame, ball = pair.plausible, pair.impossible, pair.frame, pair.ball
         struck = accelerations(real.velocities, pair)[frame - 1]
         assert struck[ball] > 0.1 and struck[others(pair)].max() > 0.1  # in the plausible version both are deflected
         for version, deepest in ((real, 0.1), (fake, 1.0)):
@@ -131,8 +131,8 @@ def test_other_splits_and_worlds():
     small = World(size=32, num_frames=9, ball_counts=(0.5, 0.5))
     for kind in KINDS:
         one, two = make_pair(small, "train", 3, kind), make_pair(small, "validation", 3, kind)
-        assert one.implausible.frames.shape == (9, 32, 32, 3)
-        assert not np.array_equal(one.implausible.frames, two.implausible.frames)
+        assert one.impossible.frames.shape == (9, 32, 32, 3)
+        assert not np.array_equal(one.impossible.frames, two.impossible.frames)
 
 
 def test_what_a_world_does_not_allow_is_said():

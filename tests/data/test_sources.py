@@ -274,7 +274,7 @@ def test_exported_pairs_are_the_pairs(tmp_path):
             read_video_noted(tmp_path / "pairs" / line[key], num_frames=17, fps=8, size=(64, 64), short="error")[0]
             for key in ("plausible", "impossible")
         )
-        assert np.array_equal(plausible, pair.plausible.frames) and np.array_equal(impossible, pair.implausible.frames)
+        assert np.array_equal(plausible, pair.plausible.frames) and np.array_equal(impossible, pair.impossible.frames)
         assert (line["kind"], line["frame"], line["ball"]) == (pair.kind, pair.frame, pair.ball)
         assert np.array_equal(plausible[: line["frame"]], impossible[: line["frame"]])
     with pytest.raises(UserError, match="already holds something else"):

@@ -53,6 +53,25 @@ def test_two_ranks_equal_one_on_the_same_global_batch(vpae, micro_recipe, tmp_pa
         assert float(gap.abs().mean()) < 1e-6
 
 
+def test_gradients_of_two_ranks_are_those_of_one_to_round_off(vpae, micro_recipe, tmp_path):
+    """All players at the same weights (the learning rate moves nothing), so that Adam magnifies no round-off."""
+    for phase in ("priming", "equilibrium"):
+        micro_recipe[phase]["student_steps"] = 1
+        for settings in micro_recipe[phase].values():
+            if isinstance(settings, dict) and "learning_rate" in settings:
+                settings |= {"learning_rate": 1e-12, "weight_decay": 0.0}
+    for ranks in (1, 2):
+        _distil(vpae, micro_recipe, tmp_path / str(ranks), ranks=ranks)
+    for phase in ("priming", "equilibrium"):
+        one, two = (read_tensors(tmp_path / ranks / phase) for ranks in ("1", "2"))
+        for player in ("student", "fake_score", "head"):
+            moments = [{k: v for k, v in t.items() if k.startswith(f"optimiser.{player}.")} for t in (one, two)]
+            moments = [{k: v for k, v in m.items() if k.endswith("exp_avg")} for m in moments]
+            if moments[0]:
+                scale = max(float(v.abs().max()) for v in moments[0].values())
+                assert scale > 0 and differing(*moments, tolerance=1e-5 * scale) == [], (phase, player)
+
+
 def test_shards_under_bf16_and_checkpointing_train_as_one_rank_does(vpae, micro_recipe, tmp_path):
     micro_recipe["engine"] |= {"precision": "bf16", "checkpointing": True}
     micro_recipe["priming"]["student_steps"] = micro_recipe["equilibrium"]["student_steps"] = 1

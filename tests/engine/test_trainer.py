@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -116,6 +117,46 @@ def test_a_nan_stops_the_run_before_anything_moves(micro_recipe, tmp_path):
     with pytest.raises(UserError, match=r"turn 2 \(student\).*not finite.*--resume"):
         trainer.train(until=3)
     assert differing(before, snapshot(trainer)) == []
+
+
+def test_a_collapse_is_checkpointed_and_stops_the_resumed_run_too(micro_recipe, tmp_path):
+    micro_recipe["watch"] |= {"action": "stop", "patience": 2, "min_motion_ratio": 1e5}
+    trainer = make_trainer(micro_recipe, "equilibrium", tmp_path)
+    with pytest.raises(UserError, match="motion is dying"):
+        trainer.train()
+    assert 0 < trainer.turn < trainer.method.turns
+    resumed = make_trainer(micro_recipe, "equilibrium", tmp_path)
+    assert resumed.resume() and resumed.turn == trainer.turn and differing(snapshot(trainer), snapshot(resumed)) == []
+    with pytest.raises(UserError, match="motion is dying"):
+        resumed.train()
+    micro_recipe["watch"]["action"] = "warn"
+    warned = make_trainer(micro_recipe, "equilibrium", tmp_path)
+    assert warned.resume() and warned.train()
+
+
+def test_the_gallery_shows_pictures_and_videos_and_feeds_the_watch(micro_recipe, tmp_path):
+    """In TensorBoard and as PNG, at turn 0 and every ``sample_every`` student steps, student first."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from vpae import recipe as recipes
+    from vpae.distill import distill
+    from vpae.engine.parallel import start
+
+    micro_recipe["engine"]["sample_every"], micro_recipe["priming"] = 2, None
+    assert distill(recipes.from_plain(micro_recipe, "test"), tmp_path, False, start())
+    names = sorted(p.name for p in (tmp_path / "equilibrium" / "samples").iterdir())
+    assert names == [f"turn-{turn:08d}.png" for turn in (0, 3, 7)]
+    events = EventAccumulator(str(tmp_path / "equilibrium" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"samples/0", "samples/1", "samples/strip"}
+    assert [event.step for event in events.Images("samples/strip")] == [0, 3, 7]
+    (film, *_) = events.Images("samples/0")
+    film = Image.open(io.BytesIO(film.encoded_image_string))
+    assert film.format == "GIF" and film.n_frames == 5 and film.width > 3 * 2 * 32  # student, real, teacher at scale 2
+    ratios = [r["samples/motion_ratio_to_reference"] for r in read_log(tmp_path / "equilibrium" / "log.jsonl")
+              if "samples/motion_ratio_to_reference" in r]  # fmt: skip
+    assert len(ratios) == 3 and all(ratio > 0 for ratio in ratios)
 
 
 def test_resuming_with_another_recipe_or_batch_is_refused(micro_recipe, tmp_path):

@@ -61,6 +61,20 @@ def test_stop_stops():
         watch.look(20, {"logit_real": 30.0})
 
 
+def test_a_run_resumed_in_collapse_stops_again_and_one_that_recovered_goes_on():
+    first = Watch(_limits(action="stop"))
+    first.look(20, {"motion_ratio": 0.1})
+    with pytest.raises(UserError):
+        first.look(21, {"motion_ratio": 0.1})
+    for ratio, stops in ((0.1, True), (1.0, False)):
+        resumed = Watch(_limits(action="stop"), first.state())
+        if stops:
+            with pytest.raises(UserError, match="step 22"):
+                resumed.look(22, {"motion_ratio": ratio})
+        else:
+            assert resumed.look(22, {"motion_ratio": ratio}) == []
+
+
 def test_head_and_student_are_watched_apart_and_samples_too():
     """The student's calm logit must not reset the count of the head's saturated one."""
     watch = Watch(_limits())

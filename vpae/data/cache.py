@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +28,7 @@ from vpae.data.sources import Source, open_source
 from vpae.draws import Draws
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
-from vpae.files import sha256, write_json, write_text
+from vpae.files import sha256, write_json, write_text, writing
 from vpae.methods.base import Batch
 from vpae.recipe import Data
 from vpae.runs import first_difference
@@ -168,13 +168,11 @@ def _encode_shards(folder: Path, source: Source, encoders: Encoders, shards: int
             tensors, captions = _encode(source, range(shard * _SHARD, shard * _SHARD + size), encoders, bar)
             partial = file.with_suffix(".partial")
             try:
-                save_file(tensors, partial, metadata={"captions": json.dumps(captions)})
-                partial.replace(file)
-            except (OSError, SafetensorError) as error:
+                with writing(file):
+                    save_file(tensors, partial, metadata={"captions": json.dumps(captions)})
+                    partial.replace(file)
+            finally:
                 partial.unlink(missing_ok=True)
-                raise UserError(
-                    f"cannot write the cache shard {file}: {error}; free some space and start again"
-                ) from None
 
 
 def _encode(source: Source, indices: range, encoders: Encoders, bar: tqdm) -> tuple[dict[str, Tensor], list[str]]:
@@ -214,7 +212,8 @@ def _write_manifest(folder: Path, shards: int, encoders: Encoders, data: Data, w
             shape = handle.get_slice("x0").get_shape()[1:]
         entries.append({"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)})
     null = encoders.texts([data.negative_prompt])
-    save_file({"null_text": null.cpu().contiguous()}, folder / _NULL_TEXT)
+    with writing(folder / _NULL_TEXT):
+        save_file({"null_text": null.cpu().contiguous()}, folder / _NULL_TEXT)
     null_sha256 = sha256(folder / _NULL_TEXT)
     manifest = {
         "fingerprint": wanted,

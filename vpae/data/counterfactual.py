@@ -57,7 +57,7 @@ class Pair:
     """
 
     plausible: Clip
-    implausible: Impossible
+    impossible: Impossible
     kind: str
     frame: int
     ball: int | None

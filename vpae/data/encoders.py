@@ -84,6 +84,11 @@ def load_transformer(folder: str | Path) -> WanTransformer3DModel:
         ) from error
 
 
+def to_pixels(clips: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
+    """Frames uint8 ``[F, H, W, 3]`` each to ``[B, 3, F, H, W]`` on [-1, 1], as the VAE takes them."""
+    return torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
 class Encoders:
     """VAE, umT5 and CLIP of a pipeline folder, frozen, in fp32.
 
@@ -117,20 +122,15 @@ class Encoders:
         mean, std = self._moments()
         return (self.vae.encode(pixels).latent_dist.mode() - mean) / std
 
-    def pixels(self, clips: Sequence[np.ndarray]) -> Tensor:
-        """Frames uint8 ``[F, H, W, 3]`` each to ``[B, 3, F, H, W]`` on [-1, 1]."""
-        stacked = torch.from_numpy(np.stack(clips)).to(self.device)
-        return stacked.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
     @torch.no_grad()
     def latents(self, clips: Sequence[np.ndarray]) -> Tensor:
         """Normalised latents ``[B, 16, T, h, w]`` (posterior mode) of whole clips."""
-        return self._encode(self.pixels(clips))
+        return self._encode(to_pixels(clips, self.device))
 
     @torch.no_grad()
     def first_frame(self, pictures: Sequence[np.ndarray], num_frames: int) -> Tensor:
         """The condition's latent ``[B, 16, T, h, w]``: the picture, then grey frames, through the VAE."""
-        first = self.pixels([p[None] for p in pictures])
+        first = to_pixels([p[None] for p in pictures], self.device)
         grey = first.new_zeros(*first.shape[:2], num_frames - 1, *first.shape[3:])
         return self._encode(torch.cat([first, grey], dim=2))
 

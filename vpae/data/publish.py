@@ -64,7 +64,7 @@ def export_pairs(world: World, split: str, count: int, folder: str | Path, *, st
         pair = make_pair(world, split, index)
         line = {"plausible": f"{pair.name}-plausible.mp4", "impossible": f"{pair.name}-impossible.mp4"}
         write_video(folder / line["plausible"], pair.plausible.frames, FPS, lossless=True)
-        write_video(folder / line["impossible"], pair.implausible.frames, FPS, lossless=True)
+        write_video(folder / line["impossible"], pair.impossible.frames, FPS, lossless=True)
         lines.append(
             {**line, "caption": pair.plausible.caption, "kind": pair.kind, "frame": pair.frame, "ball": pair.ball}
         )

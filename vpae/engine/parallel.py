@@ -26,7 +26,7 @@ from vpae.errors import UserError
 
 T = TypeVar("T")
 
-# ranks wait for each other while clips are encoded, a checkpoint is hashed or rank 0 exports: longer than torch expects
+# ranks wait for each other while clips are encoded, a cache is hashed or rank 0 exports: longer than torch expects
 _PATIENCE = timedelta(hours=2)
 
 
@@ -141,6 +141,11 @@ def leave(status: int, together: bool = True) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone (gloo says so in words alone)."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def speaks() -> bool:

@@ -17,10 +17,15 @@ def received() -> bool:
 
 
 def interrupt_on_signals() -> None:
-    """Let both signals raise KeyboardInterrupt, and remember that they came."""
+    """Let the first of both signals raise KeyboardInterrupt, and remember that it came.
+
+    A launcher often passes on what the terminal has sent already: what follows the first would hit its handling.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         _received.append(number)
+        for each in _NUMBERS:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     for number in _NUMBERS:

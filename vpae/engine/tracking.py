@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vpae.files import atomic
+from vpae.files import atomic, writing
 
 
 class Tracker:
@@ -31,10 +31,11 @@ class Tracker:
         self.active = active
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        _keep_until(self.path, first)
-        self.file = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            _keep_until(self.path, first)
+            self.file = self.path.open("a", encoding="utf-8")
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self.bar = tqdm(total=turns, initial=first, desc=label, unit="turn", dynamic_ncols=True, mininterval=0.5)
         self.started = time.monotonic()
@@ -49,8 +50,10 @@ class Tracker:
         if not self.active:
             return
         record = {"turn": turn, "seconds": round(time.monotonic() - self.started, 3)}
-        self.file.write(json.dumps(record | {k: float(f"{v:.6g}") for k, v in sorted(values.items())}) + "\n")
-        self.file.flush()
+        line = json.dumps(record | {k: float(f"{v:.6g}") for k, v in sorted(values.items())})
+        with writing(self.path):
+            self.file.write(line + "\n")
+            self.file.flush()
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, turn)
 

@@ -93,7 +93,9 @@ class Watch:
                     continue
                 key = f"{tag}: {meaning}"
                 self.broken[key] = self.broken.get(key, 0) + 1 if is_broken(value) else 0
-                if self.broken[key] == limits.patience:
+                count, stops = self.broken[key], limits.action == "stop"
+                # a run that is resumed while it is still collapsed stops again; a warning is said once
+                if count >= limits.patience if stops else count == limits.patience:
                     alarms.append(f"watch: step {step}, {tag} {value:.3g}: {meaning}")
         if alarms and limits.action == "stop":
             raise Collapse(

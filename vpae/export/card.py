@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vpae import __version__
 from vpae import recipe as recipes
 from vpae.loading import Model
+from vpae.recipe import Distill
 
 _CARD = """---
 library_name: diffusers
 pipeline_tag: image-to-video
-tags: [one-step, distillation, v-pae]
+tags: [one-step, distillation, v-pae, wan]
 ---
 
 # One-step image-to-video student
 
-{source}. Distilled with vpae {version} by V-PAE (arXiv 2508.21019); recipe {digest} (`recipe.yaml` beside this file).
+Distilled with vpae {version} by V-PAE (arXiv 2508.21019) from the teacher `{teacher}`, whose licence holds for it too.
+
+- Weights: {source}.
+- Recipe: `recipe.yaml` beside this file, digest {digest}.
+- Trained on clips of {frames} frames of {height}x{width}; other shapes were never seen.
 
 ## Use
 
@@ -40,22 +43,28 @@ export_to_video(frames, "out.mp4", fps=8)
 - Four steps from the same weights re-noise at t = 1, 0.9375, 0.8333, 0.625, which the Euler scheduler does not do:
   `vpae sample THIS_FOLDER --steps 4`.
 - `proof.json` says how closely the call above reproduced the trained student, with hashes of the weights.
-{metrics}"""
+
+## Measured
+
+{measured}
+"""
 
 
-def model_card(model: Model, metrics: dict[str, Any] | None) -> str:
-    """Markdown: what it is, how to call it, how good it is."""
-    table, (num_frames, height, width) = "", model.shape
-    if metrics:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
-        table = f"\n## Measured\n\n| | |\n| --- | --- |\n{rows}\n"
+_NOT_MEASURED = "Not yet; for a student of Bounce: `vpae evaluate THIS_FOLDER`."
+
+
+def model_card(model: Model, measured: str | None) -> str:
+    """Markdown: what it is, how to call it, and how good it is (``measured``, Markdown too)."""
+    num_frames, height, width = model.shape
+    recipe, bounce = model.recipe, model.is_bounce
     return _CARD.format(
-        source=model.source[:1].upper() + model.source[1:],
+        source=model.source,
+        teacher=recipe.teacher.path if isinstance(recipe, Distill) else model.pipeline,
         version=__version__,
-        digest="unknown" if model.recipe is None else recipes.digest(model.recipe),
-        prompt="A red ball moves right fast. No gravity.",
+        digest="unknown" if recipe is None else recipes.digest(recipe),
+        prompt="A red ball moves right fast. No gravity." if bounce else "What happens after the first frame.",
         height=height,
         width=width,
         frames=num_frames,
-        metrics=table,
+        measured=measured or _NOT_MEASURED,
     )

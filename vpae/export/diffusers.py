@@ -7,7 +7,6 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from vpae.engine.parallel import reshard
 from vpae.errors import UserError
 from vpae.export.card import model_card
 from vpae.export.folder import write_transformer
-from vpae.files import sha256, write_json, write_text
+from vpae.files import sha256, write_json, write_text, writing
 from vpae.loading import Model
 from vpae.recipe import FinetuneFlow
 from vpae.roles import merge_adapter
@@ -45,10 +44,13 @@ class Proof:
     rms: float
 
 
-def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = None) -> Proof:
+def export_student(model: Model, target: Path, measured: str | None = None) -> Proof:
     """Write the model as a diffusers folder, reload it, compare, and leave the proof beside the weights.
 
     The folder appears under its name only when the proof holds.
+
+    Args:
+        measured: Markdown for the model card: how good it is, on what.
 
     Raises:
         UserError: ``target`` is taken by something else, or the reloaded pipeline does not reproduce the student.
@@ -59,14 +61,17 @@ def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = 
         raise UserError(f"{target} exists and is not an earlier export; choose another --output")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with writing(partial):
+        partial.mkdir(parents=True)
     reshard([model.role.backbone.transformer])
     transformer = merge_adapter(model.role)
     weights = {name: w.detach().cpu().contiguous() for name, w in transformer.state_dict().items()}
     write_transformer(transformer.config, weights, partial)
-    for part in _COPIED:
-        shutil.copytree(model.pipeline / part, partial / part)
-    euler_scheduler(load_pipeline(model.pipeline, transformer=False).scheduler).save_pretrained(partial / "scheduler")
+    scheduler = euler_scheduler(load_pipeline(model.pipeline, transformer=False).scheduler)
+    with writing(partial):
+        for part in _COPIED:
+            shutil.copytree(model.pipeline / part, partial / part)
+        scheduler.save_pretrained(partial / "scheduler")
     index = json.loads((model.pipeline / "model_index.json").read_text(encoding="utf-8"))
     write_json(partial / "model_index.json", index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]})
     proof = prove(model, partial)
@@ -93,7 +98,7 @@ def export_student(model: Model, target: Path, metrics: dict[str, Any] | None = 
     )
     if model.recipe is not None:
         write_text(partial / "recipe.yaml", recipes.dump(model.recipe))
-    write_text(partial / "README.md", model_card(model, metrics))
+    write_text(partial / "README.md", model_card(model, measured))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return proof

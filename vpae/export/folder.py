@@ -12,6 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from vpae.files import writing
+
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "WanImageToVideoPipeline",
     "_diffusers_version": diffusers.__version__,
@@ -33,12 +35,14 @@ def write_transformer(config: Mapping[str, Any], weights: dict[str, Tensor], fol
 
     Raises:
         RuntimeError: the weights are not exactly the transformer's.
+        UserError: the folder cannot be written.
     """
     own = {key: value for key, value in config.items() if key != "_name_or_path"}  # a path of this machine
     with torch.device("meta"):
         transformer = WanTransformer3DModel.from_config(own)
     transformer.load_state_dict(weights, strict=True, assign=True)
     target = folder / "transformer"
-    shutil.rmtree(target, ignore_errors=True)
     small = sum(w.numel() * w.element_size() for w in weights.values()) < 100e6
-    transformer.save_pretrained(target, safe_serialization=True, max_shard_size="15MB" if small else "10GB")
+    shutil.rmtree(target, ignore_errors=True)
+    with writing(target):
+        transformer.save_pretrained(target, safe_serialization=True, max_shard_size="15MB" if small else "10GB")

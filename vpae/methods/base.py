@@ -20,7 +20,7 @@ class Batch:
     Attributes:
         x0: normalised latents ``[B, 16, T, h, w]``.
         condition: their condition.
-        null: the same condition with the empty prompt, for guidance and dropout.
+        null: the same condition with the recipe's ``negative_prompt``, for guidance and dropout.
         draws: the random numbers of these samples.
     """
 
