@@ -93,10 +93,19 @@ def test_reading_a_caption_inverts_writing_it(clips):
 def test_what_is_no_caption_is_refused_and_quoted():
     wrong = ["A pink ball moves up fast", "A red ball moves sideways fast", "A red cube moves up fast"]
     wrong += ["A red ball moves up", "A red ball moves up very fast", "No gravity. A red ball moves up fast", "Hello"]
-    for text in ["", "A red ball moves up fast.", "Gravity pulls up.", *(f"{start}. No gravity." for start in wrong)]:
+    wrong += ["A red ball moves up fast. A red ball moves down fast"]
+    for text in [
+        "",
+        "No gravity.",
+        "A red ball moves up fast.",
+        "Gravity pulls up.",
+        *(f"{start}. No gravity." for start in wrong),
+    ]:
         with pytest.raises(ValueError, match="not a Bounce caption") as refusal:
             read_caption(text)
         assert repr(text) in str(refusal.value)
+    with pytest.raises(ValueError, match="no speed is called 'quickly' in this world; it has slowly, steadily, fast"):
+        bounce.initial_velocity(World(), bounce.Motion("red", "up", "quickly"))
 
 
 def test_the_words_mean_what_they_say_on_a_screen_whose_y_points_down(clips):
@@ -229,3 +238,13 @@ def test_the_wall_that_is_drawn_is_the_wall_that_is_met(size):
     assert wall[:edge].all() and wall[-edge:].all() and wall.sum() == 2 * edge
     hidden = cover(frame, "red", world)[size // 2]
     assert hidden[wall].max() < 0.02 and hidden[-edge - 1] > 0.95
+
+
+def test_a_wall_that_ends_inside_a_pixel_covers_its_part_of_it():
+    world = World(size=48)  # a wall of 1.5 px
+    row = bounce.empty_frame(world)[24]
+    near(row[0], bounce.WALL, 1e-9)
+    near(row[1], (np.array(bounce.WALL, float) + np.array(bounce.BACKGROUND, float)) / 2, 1e-9)
+    near(row[2], bounce.BACKGROUND, 1e-9)
+    with pytest.raises(ValueError, match="pulls down"):
+        World(gravity=-0.25)

@@ -107,8 +107,8 @@ class World:
             raise ValueError(f"radius is [smallest, largest], above 0 and at most {_ROOM:g} - wall, not {self.radius}")
         if not self.speeds or any(not word.isidentifier() or speed < 0 for word, speed in self.speeds.items()):
             raise ValueError(f"speeds gives each speed's word (one word each) px/frame from 0, not {self.speeds}")
-        if self.wall < 0:
-            raise ValueError(f"wall is at least 0, not {self.wall}")
+        if self.wall < 0 or self.gravity < 0:
+            raise ValueError(f"wall and gravity (which pulls down) are at least 0, not {self.wall} and {self.gravity}")
 
     @property
     def scale(self) -> float:
@@ -210,6 +210,8 @@ def read_caption(caption: str) -> tuple[tuple[Motion, ...], bool]:
     sentences = [s.strip() for s in caption.strip().split(".") if s.strip()]
     if not sentences or sentences[-1] not in ("Gravity pulls down", "No gravity"):
         raise ValueError(f"not a Bounce caption (no sentence about gravity at its end): {caption!r}")
+    if len(sentences) == 1:
+        raise ValueError(f"not a Bounce caption (no ball in it): {caption!r}")
     motions = []
     for sentence in sentences[:-1]:
         words = sentence.split()
@@ -220,6 +222,8 @@ def read_caption(caption: str) -> tuple[tuple[Motion, ...], bool]:
             or words[4] not in DIRECTIONS
         ):
             raise ValueError(f"not a Bounce caption (sentence {sentence!r}): {caption!r}")
+        if words[1] in {motion.colour for motion in motions}:
+            raise ValueError(f"not a Bounce caption (two balls that are {words[1]}): {caption!r}")
         motions.append(Motion(words[1], words[4], words[5]))
     return tuple(motions), sentences[-1] == "Gravity pulls down"
 
@@ -269,7 +273,13 @@ def make_clip(world: World, split: str, index: int) -> Clip:
 
 
 def initial_velocity(world: World, motion: Ball | Motion) -> np.ndarray:
-    """Velocity ``[2]`` in px/frame that the words of a caption stand for."""
+    """Velocity ``[2]`` in px/frame that the words of a caption stand for.
+
+    Raises:
+        ValueError: a speed that this world has no word for.
+    """
+    if motion.speed not in world.speeds:
+        raise ValueError(f"no speed is called {motion.speed!r} in this world; it has {', '.join(world.speeds)}")
     return np.array(DIRECTIONS[motion.direction]) * world.speeds[motion.speed] * world.scale
 
 
@@ -312,7 +322,7 @@ def simulate(
         shape.elasticity, shape.friction = 1.0, 0.0
         space.add(body, shape)
         bodies.append(body)
-    total = num_frames or world.num_frames
+    total = world.num_frames if num_frames is None else num_frames
     positions, speeds = np.empty((total, len(balls), 2)), np.empty((total, len(balls), 2))
     for frame in range(total):
         if frame:
@@ -325,13 +335,11 @@ def simulate(
 
 def empty_frame(world: World) -> np.ndarray:
     """The box without balls, float64 ``[H, W, 3]`` in [0, 255]."""
-    frame = np.empty((world.size, world.size, 3))
-    frame[:] = BACKGROUND
-    edge = round(world.wall * world.scale)
-    if edge:
-        for side in (np.s_[:edge], np.s_[-edge:], np.s_[:, :edge], np.s_[:, -edge:]):
-            frame[side] = WALL
-    return frame
+    edge, left = world.wall * world.scale, np.arange(world.size)
+    # how much of each row and column of pixels lies inside, so that the wall is drawn where it is met
+    inside = np.clip(np.minimum(left + 1, world.size - edge) - np.maximum(left, edge), 0.0, 1.0)
+    cover = (inside[:, None] * inside[None, :])[..., None]
+    return cover * np.array(BACKGROUND, float) + (1 - cover) * np.array(WALL, float)
 
 
 def render_frame(
