@@ -3,7 +3,8 @@
     python benchmarks/main_job.py recipes/quickstart.yaml --seeds 0 1 2
     python benchmarks/main_job.py recipes/tiny_full.yaml --seeds 0 1 2
 
-Each seed is a run of its own under outputs/benchmarks/ and goes on where it stopped when the command is given again.
+Each seed is a run of its own under outputs/benchmarks/ and goes on where it stopped when the command is given again; one
+that is finished is taken as it is (remove its folder after a change of code or teacher).
 Within a seed teacher and student are sampled in one process, on the same clips and noise, so their ratio is paired.
 Writes benchmarks/results/main_job_NAME.json.
 """
@@ -32,6 +33,13 @@ def main() -> None:
     runs = {}
     for seed in arguments.seeds:
         folder = Path("outputs/benchmarks") / f"{recipe.name}-seed{seed}"
+        own = (f"seed={seed}", *arguments.overrides)
+        results = folder / "results.json"
+        if results.is_file():
+            runs[str(seed)] = json.loads(results.read_text())
+            if runs[str(seed)]["recipe"] == recipes.digest(recipes.load(arguments.recipe, own)):
+                print(f"{results} is of this recipe and seed: taken as it is")
+                continue
         command = [
             sys.executable,
             "-m",
@@ -42,8 +50,8 @@ def main() -> None:
             "--output",
             str(folder),
         ]
-        subprocess.run([*command, "--set", f"seed={seed}", *arguments.overrides], check=True)
-        runs[str(seed)] = json.loads((folder / "results.json").read_text())
+        subprocess.run([*command, "--set", *own], check=True)
+        runs[str(seed)] = json.loads(results.read_text())
     summaries = [run["summary"] for run in runs.values()]
     count = len(summaries)
 
