@@ -3,8 +3,8 @@
     python benchmarks/main_job.py recipes/quickstart.yaml --seeds 0 1 2
     python benchmarks/main_job.py recipes/tiny_full.yaml --seeds 0 1 2
 
-Each seed is a run of its own under outputs/benchmarks/ and goes on where it stopped when the command is given again; one
-that is finished is taken as it is (remove its folder after a change of code or teacher).
+Each seed is a run of its own under outputs/benchmarks/ and goes on where it stopped when the command is given again;
+one that is finished is taken as it is (remove its folder after a change of code or teacher).
 Within a seed teacher and student are sampled in one process, on the same clips and noise, so their ratio is paired.
 Writes benchmarks/results/main_job_NAME.json.
 """
