@@ -246,5 +246,3 @@ def test_a_wall_that_ends_inside_a_pixel_covers_its_part_of_it():
     near(row[0], bounce.WALL, 1e-9)
     near(row[1], (np.array(bounce.WALL, float) + np.array(bounce.BACKGROUND, float)) / 2, 1e-9)
     near(row[2], bounce.BACKGROUND, 1e-9)
-    with pytest.raises(ValueError, match="pulls down"):
-        World(gravity=-0.25)

@@ -102,7 +102,7 @@ def test_a_signal_while_one_rank_trains_and_another_does_not_yet(micro_recipe, t
     said = [rank.communicate(timeout=120) for rank in ranks]
     for rank, (_, err) in zip(ranks, said, strict=True):
         assert rank.returncode == 0 and "Traceback" not in err, err[-2000:]
-    assert "interrupted, everything is saved; go on with" in said[0][0]
+    assert "interrupted, the last checkpoint is whole; go on with" in said[0][0]
 
 
 def test_the_launcher_passes_on_the_exit_status(tmp_path):

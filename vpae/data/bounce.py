@@ -107,8 +107,8 @@ class World:
             raise ValueError(f"radius is [smallest, largest], above 0 and at most {_ROOM:g} - wall, not {self.radius}")
         if not self.speeds or any(not word.isidentifier() or speed < 0 for word, speed in self.speeds.items()):
             raise ValueError(f"speeds gives each speed's word (one word each) px/frame from 0, not {self.speeds}")
-        if self.wall < 0 or self.gravity < 0:
-            raise ValueError(f"wall and gravity (which pulls down) are at least 0, not {self.wall} and {self.gravity}")
+        if self.wall < 0:
+            raise ValueError(f"wall is at least 0, not {self.wall}")
 
     @property
     def scale(self) -> float:
