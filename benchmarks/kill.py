@@ -79,7 +79,12 @@ def main() -> None:
         return [subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in rank.items()}) for rank in ranks]
 
     def finish(run: list[subprocess.Popen]) -> None:
-        if any([rank.wait() for rank in run]):
+        """Wait for all ranks; one that fails would leave the others waiting for it."""
+        while any(rank.poll() is None for rank in run) and not any(rank.returncode for rank in run):
+            time.sleep(0.05)
+        for rank in run:
+            rank.kill()
+        if any(rank.wait() for rank in run):
             sys.exit(f"a run failed with status {[rank.returncode for rank in run]}")
 
     def progress(folder: Path) -> list[int]:

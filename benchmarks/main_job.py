@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from common import write_result
+from common import commit, write_result
 
 from vpae import recipe as recipes
+from vpae.files import write_json
 
 
 def main() -> None:
@@ -50,8 +51,11 @@ def main() -> None:
             "--output",
             str(folder),
         ]
-        subprocess.run([*command, "--set", *own], check=True)
-        runs[str(seed)] = json.loads(results.read_text())
+        at = commit()
+        if subprocess.run([*command, "--set", *own]).returncode or not results.is_file():
+            sys.exit(f"seed {seed} did not finish; give the command again to go on with {folder}, or remove it")
+        runs[str(seed)] = json.loads(results.read_text()) | {"commit": at}
+        write_json(results, runs[str(seed)])
     summaries = [run["summary"] for run in runs.values()]
     count = len(summaries)
 

@@ -194,10 +194,7 @@ def _calm_libraries() -> None:
 
 
 # what a file system says when it will not: the user's to mend
-_REFUSED = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-)
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main() -> None:
@@ -231,18 +228,16 @@ def main() -> None:
         if error.errno not in _REFUSED:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        what = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "free some space" if full else "allow it or choose another place"
         again = " with --resume" if arguments.command in ("finetune", "distill") else ""
-        print(
-            f"error: {where}{error.strerror}; {what} and give the command again{again}, what is written is whole",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {where}{error.strerror}; {what} and give the command again{again}", file=sys.stderr, flush=True)
         leave(2)
     except RuntimeError as error:
         if not (signals.received() and lost_a_rank(error)):
             raise
         finished, saved = False, "the last checkpoint is whole"
+    signals.ignore()
     if not finished and arguments.command not in ("finetune", "distill", "quickstart"):
         leave(130)
     if not finished and int(os.environ.get("RANK", "0")) == 0:

@@ -27,7 +27,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # FFmpeg's and shutil's own errors are OSErrors too
-        raise UserError(f"{path}: cannot be written ({_reason(error)}); free space or choose another") from error
+        raise UserError(
+            f"{path}: cannot be written ({_reason(error)}); free some space or choose another place"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -111,7 +111,7 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
     trainer = Trainer(method, run, processes)
     if resume:
         trainer.resume()
-    if not trainer.train():
+    if not trainer.train() or trainer.stopped:
         return False
     state = {name.removeprefix("vae."): whole(p).cpu() for name, p in method.ema.state_dict().items()}
     processes.together(lambda: _finish_vae(recipe, state, moments, source, folder), main_only=True)
@@ -255,7 +255,7 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     trainer = Trainer(method, run, processes)
     if resume:
         trainer.resume()
-    if not trainer.train():
+    if not trainer.train() or trainer.stopped:
         return False
     weights = {name: whole(p.detach()).cpu() for name, p in ema.named_parameters()}
     processes.together(lambda: write_transformer(transformer.config, weights, pipeline), main_only=True)

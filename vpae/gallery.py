@@ -76,11 +76,11 @@ class Gallery:
         ratio = float(motion_energy(student).mean() / motion_energy(reference).mean())
         # ranks that differ in a bit must not differ in the verdict of the watch
         ratio = self.processes.mean({"ratio": ratio})["ratio"]
-        tracker.scalars(turn, {"samples/motion_ratio_to_reference": ratio})
-        self.processes.together(lambda: self._show(student, turn, tracker), main_only=True)
+        self.processes.together(lambda: self._show(student, turn, tracker, ratio), main_only=True)
         return {"motion_ratio_to_reference": ratio}
 
-    def _show(self, student: Tensor, turn: int, tracker: Tracker) -> None:
+    def _show(self, student: Tensor, turn: int, tracker: Tracker, ratio: float) -> None:
+        tracker.scalars(turn, {"samples/motion_ratio_to_reference": ratio})
         clips = {"student": student, **self._references}
         frames = {name: self.encoders.decode(latents) for name, latents in clips.items()}
         for i in range(len(student)):

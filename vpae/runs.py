@@ -35,7 +35,7 @@ def _claim(folder: Path, recipe: recipes.Recipe, resume: bool) -> None:
     stored = folder / RECIPE
     if stored.is_file():
         difference = first_difference(what_is_learnt(_read(stored)), what_is_learnt(recipes.to_plain(recipe)))
-        trained = any(folder.rglob("state.json"))
+        trained = _holds_work(folder)
         if difference and trained:
             raise UserError(f"{folder} already holds a different run ({difference}); choose another --output")
         if difference:  # it failed before its first checkpoint: what it had prepared may not be what this recipe wants
@@ -45,6 +45,12 @@ def _claim(folder: Path, recipe: recipes.Recipe, resume: bool) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no vpae run; choose another --output")
     write_text(stored, recipes.dump(recipe))
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether anything was trained, exported or measured here that another recipe must not touch."""
+    made = any((folder / name).is_file() for name in ("model_index.json", "evaluation.json"))
+    return made or any(folder.rglob("state.json")) or any(log.stat().st_size for log in folder.rglob("log.jsonl"))
 
 
 def _read(path: Path) -> dict[str, Any]:

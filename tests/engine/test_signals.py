@@ -65,41 +65,53 @@ def test_a_signal_to_the_launcher_reaches_its_ranks_and_nobody_sees_a_traceback(
 
 
 LATE = """
-import os, pathlib, sys, time
+import contextlib, os, pathlib, time
 from vpae.__main__ import main
+from vpae.engine import signals
 from vpae.engine.trainer import Trainer
 
-train = Trainer.train
+mark = pathlib.Path(os.environ["MARK"] + os.environ["RANK"])
+train, noted = Trainer.train, signals.noted
 
-def late(self):
+def train_late(self):
     if os.environ["RANK"] == "1":
-        pathlib.Path(os.environ["LATE_MARK"]).touch()
+        mark.touch()
         time.sleep(60)
     return train(self)
 
-Trainer.train = late
+@contextlib.contextmanager
+def noted_with_a_mark():
+    with noted() as here:
+        mark.touch()
+        yield here
+
+Trainer.train, signals.noted = train_late, noted_with_a_mark
 main()
 """
 
 
 def test_a_signal_while_one_rank_trains_and_another_does_not_yet(micro_recipe, tmp_path):
     """Rank 1 is interrupted before it listens; rank 0 waits for it inside the loop and loses it."""
-    recipe, mark = write_recipe(_long(micro_recipe), tmp_path / "r.yaml"), tmp_path / "late"
+    recipe = write_recipe(_long(micro_recipe), tmp_path / "r.yaml")
     command = [sys.executable, "-c", LATE, "distill", str(recipe), "--output", str(tmp_path / "run")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LATE_MARK": str(mark)}
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "MARK": str(tmp_path / "mark")}
     ranks = []
     for rank in "01":
         environment = os.environ | together | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         ranks.append(subprocess.Popen(command, text=True, env=environment, **pipes))
-    _wait_for(mark)
-    time.sleep(2)  # rank 0 is well inside
-    for rank in ranks:
-        rank.send_signal(signal.SIGINT)
-    said = [rank.communicate(timeout=120) for rank in ranks]
+    try:
+        for rank in "01":
+            _wait_for(tmp_path / f"mark{rank}")
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+        said = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     for rank, (_, err) in zip(ranks, said, strict=True):
         assert rank.returncode == 0 and "Traceback" not in err, err[-2000:]
     assert "interrupted, the last checkpoint is whole; go on with" in said[0][0]

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from vpae.engine import signals
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 
@@ -166,4 +167,10 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processe
                 f"{tuple(tensor.shape)}: it belongs to another architecture"
             )
     reader = HuggingFaceStorageReader(str(checkpoint.folder))
-    dcp.load(dict(tensors), storage_reader=reader, no_dist=processes.size == 1)
+    try:
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=processes.size == 1)
+    except CheckpointException as error:  # it wraps whatever came, a KeyboardInterrupt too
+        if signals.received():
+            raise KeyboardInterrupt from None
+        reason = next(iter(error.failures.values()))[0]
+        raise UserError(f"checkpoint {checkpoint.folder} cannot be read: {reason}") from error

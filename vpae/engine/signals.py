@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_ECHO = 5.0  # seconds
 _received: list[int] = []
 
 
@@ -17,19 +19,27 @@ def received() -> bool:
 
 
 def interrupt_on_signals() -> None:
-    """Let the first of both signals raise KeyboardInterrupt, and remember that it came.
+    """Let both signals raise KeyboardInterrupt, and remember that they came.
 
-    A launcher often passes on what the terminal has sent already: what follows the first would hit its handling.
+    A launcher often passes on what the terminal has sent already: what follows at once is the same wish again, and
+    would hit the handling of the first.
     """
+    last = [-_ECHO]
 
     def interrupt(number: int, frame: Any) -> None:
         _received.append(number)
-        for each in _NUMBERS:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        before, last[0] = last[0], time.monotonic()
+        if last[0] - before >= _ECHO:
+            raise KeyboardInterrupt
 
     for number in _NUMBERS:
         signal.signal(number, interrupt)
+
+
+def ignore() -> None:
+    """From here on both signals do nothing: the process says its last words."""
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

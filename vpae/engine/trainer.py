@@ -187,7 +187,8 @@ class Trainer:
         with signals.noted() as noted:
             # no rank takes a turn before all of them listen: one that a signal ends earlier would fail the others
             self.stopped = self.processes.agree([bool(noted)])[0]
-            tracker = Tracker(self.run.folder, self.method.turns, self.turn, self.method.name, self.processes.is_main)
+            bar = (self.method.turns, self.turn, self.method.name, self.processes.is_main)
+            tracker = self.processes.together(lambda: Tracker(self.run.folder, *bar))
             saved = self.turn if self.turn else -1
             try:
                 if self.turn == 0 and self.run.gallery is not None and not self.stopped:
@@ -284,7 +285,8 @@ class Trainer:
             self.gathered[name] = _Gathered()
             rate = self.optimisers[name].param_groups[0]["lr"]
             values = {key if "/" in key else f"{name}/{key}": value for key, value in means.items()}
-            tracker.scalars(self.turn - 1, values | {f"{name}/learning_rate": rate, f"{name}/step": step})
+            values |= {f"{name}/learning_rate": rate, f"{name}/step": step}
+            self.processes.together(lambda: tracker.scalars(self.turn - 1, values), main_only=True)
             self._look({f"{name}/{key.split('/')[-1]}": value for key, value in means.items()}, tracker)
         if name == "student" and self.run.gallery is not None and step % settings.sample_every == 0:
             # under the turn just taken: what stands at the next one is dropped when that is where the run is resumed
