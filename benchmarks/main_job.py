@@ -36,11 +36,11 @@ def main() -> None:
         folder = Path("outputs/benchmarks") / f"{recipe.name}-seed{seed}"
         own = (f"seed={seed}", *arguments.overrides)
         results = folder / "results.json"
-        if results.is_file():
-            runs[str(seed)] = json.loads(results.read_text())
-            if runs[str(seed)]["recipe"] == recipes.digest(recipes.load(arguments.recipe, own)):
-                print(f"{results} is of this recipe and seed: taken as it is")
-                continue
+        finished = json.loads(results.read_text()) if results.is_file() else {}
+        if finished.get("recipe") == recipes.digest(recipes.load(arguments.recipe, own)):
+            print(f"{results} is of this recipe and seed: taken as it is")
+            runs[str(seed)] = finished
+            continue
         command = [
             sys.executable,
             "-m",

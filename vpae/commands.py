@@ -132,7 +132,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
         batch=arguments.batch,
         sampler=arguments.sampler,
         guidance_scale=arguments.guidance_scale,
-        negative_prompt=getattr(getattr(model.recipe, "data", None), "negative_prompt", ""),
+        negative_prompt=model.negative_prompt,
         processes=processes,
     )
     if not processes.is_main:

@@ -50,6 +50,11 @@ class Model:
         return getattr(getattr(self.recipe, "data", None), "source", {})
 
     @property
+    def negative_prompt(self) -> str:
+        """What its unconditional branch was trained on; empty where that is unknown."""
+        return getattr(getattr(self.recipe, "data", None), "negative_prompt", "")
+
+    @property
     def is_bounce(self) -> bool:
         """Whether it was trained on the simulated world, as far as its recipe tells."""
         return self._source.get("kind") == "bounce"

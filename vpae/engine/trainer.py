@@ -187,8 +187,10 @@ class Trainer:
         with signals.noted() as noted:
             # no rank takes a turn before all of them listen: one that a signal ends earlier would fail the others
             self.stopped = self.processes.agree([bool(noted)])[0]
-            bar = (self.method.turns, self.turn, self.method.name, self.processes.is_main)
-            tracker = self.processes.together(lambda: Tracker(self.run.folder, *bar))
+            run, method, processes = self.run, self.method, self.processes
+            tracker = processes.together(
+                lambda: Tracker(run.folder, method.turns, self.turn, method.name, processes.is_main)
+            )
             saved = self.turn if self.turn else -1
             try:
                 if self.turn == 0 and self.run.gallery is not None and not self.stopped:
