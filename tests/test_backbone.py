@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.transformers import transformer_wan
 from helpers import tiny_transformer
 from PIL import Image
 from torch import nn
+from torch.nn import functional
 
+from vpae import folding
 from vpae.backbone import Backbone, default_taps
 from vpae.conditioning import TEXT_LENGTH, Condition, first_frame_mask
 from vpae.data.encoders import Encoders, load_pipeline, load_transformer
@@ -40,6 +43,30 @@ def condition(rows=6, seed=1):
 
 
 X_T, T = normal(BATCH, 16, 2, 4, 6, seed=9), torch.tensor([0.3, 1.0])
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_attention_sees_one_dtype_where_norms_leave_fp32(monkeypatch, fold):
+    """As under CUDA's autocast, which the CPU's is made like here: flash-attn takes no q, k and v of two dtypes."""
+
+    def in_fp32(norm, x):
+        return functional.rms_norm(x.float(), norm.normalized_shape, norm.weight, norm.eps)
+
+    def seen_by(attention):
+        def call(query, key, value, **options):
+            seen.append({query.dtype, key.dtype, value.dtype})
+            return attention(query, key, value, **options)
+
+        return call
+
+    seen = []
+    monkeypatch.setattr(nn.RMSNorm, "forward", in_fp32)
+    for module in (transformer_wan, folding):
+        monkeypatch.setattr(module, "dispatch_attention_fn", seen_by(module.dispatch_attention_fn))
+    twin = copy.deepcopy(make(fold))
+    with torch.autocast("cpu", torch.bfloat16):
+        twin(X_T, T, condition())
+    assert len(seen) == 4 * 3 and all(dtypes == {torch.bfloat16} for dtypes in seen)  # blocks x (self, text, image)
 
 
 class TestTaps:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -91,3 +93,58 @@ def test_every_role_of_a_run_can_be_sampled_from(micro_recipe, tmp_path, judge):
         load_model(tmp_path, "fake_score", "equilibrium")
     with pytest.raises(UserError, match="has the roles student, ema, teacher, fake_score, judge"):
         load_model(tmp_path, "critic")
+
+
+@pytest.mark.parametrize("role", ["ema", "fake_score", "teacher"])
+def test_one_network_is_read_to_sample_from_one_role(micro_recipe, tmp_path, monkeypatch, role):
+    """And not the three of training, which at 14B fill the memory; with the kernel that takes fp32."""
+    from vpae import loading
+
+    assert _run(micro_recipe, tmp_path)
+    read = loading.load_transformer
+    made = []
+    monkeypatch.setattr(loading, "load_transformer", lambda folder: made.append(read(folder)) or made[-1])
+    model = load_model(tmp_path, role)
+    assert len(made) == 1 and model.role.backbone.transformer is made[0]
+
+
+def test_phase_ones_networks_are_gone_when_phase_twos_are_built(micro_recipe, tmp_path, monkeypatch):
+    """Also with checkpointing, by which a network refers to itself."""
+    from vpae import distill as module
+
+    build, before, left = module.build_phase, [], []
+
+    def watched(*arguments):
+        left.append([phase() is not None for phase in before])
+        trainer = build(*arguments)
+        before.extend(weakref.ref(m) for m in trainer.run.modules)
+        return trainer
+
+    monkeypatch.setattr(module, "build_phase", watched)
+    micro_recipe["engine"]["checkpointing"] = True
+    gc.disable()
+    try:
+        assert _run(micro_recipe, tmp_path)
+    finally:
+        gc.enable()
+    assert left == [[], [False, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("equilibrium", {"taps": [1, 9]}, r"equilibrium.taps \[1, 9\] do not fit a transformer of 4 blocks"),
+        ("teacher", {"attention": "nativ"}, "attention: 'nativ' is unknown"),
+        ("teacher", {"attention": "sage", "fold_text_padding": False}, "attention: sage has no backward"),
+    ],
+)
+def test_what_would_end_a_run_later_is_asked_before_anything_is_read(
+    micro_recipe, tmp_path, monkeypatch, section, change, said
+):
+    from vpae import distill as module
+
+    micro_recipe[section] |= change
+    monkeypatch.setattr(module, "Encoders", None)
+    with pytest.raises(UserError, match=said):
+        _run(micro_recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -155,6 +155,21 @@ def test_gpu_backend_needs_a_gpu(installed, monkeypatch):
     assert extras.check_attention_backend("xformers") == "xformers"
 
 
+def test_a_kernel_of_half_precision_is_refused_where_attention_is_fp32(installed, monkeypatch):
+    """On a GPU: there flash-attn raises in the first forward, hours into the run where ST-R1 is what is fp32."""
+    installed("flash_attn", "2.8.3", types.ModuleType("flash_attn"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("flash", "native_flash", "native_cudnn"):
+        assert extras.check_attention_backend(name)
+        with pytest.raises(
+            UserError, match=f"attention: {name} computes in bf16 alone, and engine.precision: fp32 makes"
+        ):
+            extras.check_attention_backend(name, fp32="engine.precision: fp32")
+    assert extras.check_attention_backend("native", fp32="engine.precision: fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert extras.check_attention_backend("native_flash", fp32="engine.precision: fp32")  # the CPU's takes both
+
+
 @pytest.mark.parametrize(("name", "backend"), extras.ATTENTION_BACKENDS.items())
 def test_dispatcher_knows_every_backend(name, backend):
     assert backend.dispatcher.lstrip("_") == name

@@ -14,7 +14,7 @@ from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.models import distillation_cast, fake_score
 from vpae.recipe import Lora, from_plain
-from vpae.roles import Role, add_lora, copy_weights, full_copy, lora_state, merge_adapter
+from vpae.roles import Role, add_lora, copy_weights, full_copy, merge_adapter
 
 LORA = Lora(2, 4.0, ("to_q", "to_v", "proj_out"))
 ALONE = Processes(0, 1, torch.device("cpu"), None)
@@ -175,17 +175,6 @@ def test_copying_weights():
     assert all(a is not b for a, b in zip(live.parameters(), ema.parameters(), strict=True))
     with pytest.raises(ValueError, match="not the same kind"):
         copy_weights(twin, ema)
-
-
-def test_lora_state_goes_by_pefts_names_and_belongs_to_the_role_alone():
-    teacher = make_teacher()
-    roles = [awaken(add_lora(teacher.backbone, name, LORA, 0)) for name in ("student", "ema")]
-    for role in roles:
-        state, mine = lora_state(role), dict(role.named_parameters())
-        assert "blocks.0.attn1.to_q.lora_A.weight" in state and state.keys() == mine.keys()
-        assert all(torch.equal(state[name], mine[name]) for name in mine)
-    with pytest.raises(ValueError, match="not an adapter"):
-        lora_state(teacher)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "ema"])

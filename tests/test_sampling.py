@@ -47,3 +47,20 @@ def test_a_teacher_folder_with_unipc_exports_a_student_with_euler(micro_pipeline
     config = json.loads((tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text())
     assert proof.max_error < 1e-4
     assert config["_class_name"] == "FlowMatchEulerDiscreteScheduler" and config["shift"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [([], "blurry"), (["--negative-prompt", "dark"], "dark"), (["--negative-prompt", ""], "")]
+)
+def test_guidance_leads_away_from_what_the_model_was_trained_to(micro_pipeline, tmp_path, monkeypatch, given, said):
+    from vpae import commands
+    from vpae.__main__ import build_parser
+    from vpae.data.encoders import Encoders
+    from vpae.loading import Model
+
+    texts, prompts = Encoders.texts, []
+    monkeypatch.setattr(Model, "negative_prompt", "blurry")
+    monkeypatch.setattr(Encoders, "texts", lambda self, new, *rest: prompts.append(new) or texts(self, new, *rest))
+    line = ["sample", str(micro_pipeline), "--bounce", "1", "--num-frames", "5", "--output", str(tmp_path), *given]
+    assert commands.sample(build_parser().parse_args(line))
+    assert prompts[0] == [said]

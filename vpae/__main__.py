@@ -44,9 +44,14 @@ def _override_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _ranks_option(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--ranks", type=_count, metavar="N", help=f"processes on this machine (default: {default})")
+
+
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
     _override_option(parser)
+    _ranks_option(parser, "one; torchrun starts them too, and on several machines")
     parser.add_argument("--output", type=Path, help="run folder (default: outputs/NAME of the recipe)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
 
@@ -79,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--sampler", choices=("renoise", "euler"), help="default: renoise at 1 and 4 steps without guidance, else euler"
     )
     sample.add_argument("--guidance-scale", type=float, default=1.0)
-    sample.add_argument("--negative-prompt", default="")
+    sample.add_argument("--negative-prompt", help="default: the one that its recipe trained with")
     sample.add_argument("--num-frames", type=_count, help="4k + 1; default: as its recipe says, else 17")
     sample.add_argument(
         "--size",
@@ -121,32 +126,22 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--recipe", type=Path, help="default: recipes/quickstart.yaml")
     _override_option(quickstart)
     quickstart.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    quickstart.add_argument("--ranks", type=_count, metavar="N", help="processes (default: one a GPU, or 2 on CPU)")
+    _ranks_option(quickstart, "one a GPU, or 2 on CPU, if they can share the batch")
     quickstart.add_argument("--fresh", action="store_true", help="start over instead of going on with an earlier run")
     return parser
 
 
 def _dispatch(arguments: argparse.Namespace) -> bool:
     """Run a command; imports are here so that --help and mistakes answer at once. False: interrupted by a signal."""
-    from vpae.engine.parallel import leave, start
+    from vpae.engine.parallel import start
 
-    if arguments.command in ("finetune", "distill"):
-        from vpae import recipe as recipes
-
-        recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
-        folder = arguments.output or Path("outputs") / recipe.name
-        if arguments.command == "finetune":
-            from vpae.finetune import finetune
-
-            return finetune(recipe, folder, arguments.resume, start())
-        from vpae.distill import distill
-
-        return distill(recipe, folder, arguments.resume, start())
+    if arguments.command in ("finetune", "distill", "quickstart"):
+        return _train(arguments)
     if arguments.command == "cache":
         from vpae.commands import cache
 
         return cache(arguments, start())
-    if arguments.command not in ("quickstart", "evaluate") and int(os.environ.get("RANK", "0")) > 0:
+    if arguments.command != "evaluate" and int(os.environ.get("RANK", "0")) > 0:
         return True  # these need one process
     if arguments.command == "sample":
         from vpae.commands import sample
@@ -160,19 +155,35 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
         from vpae.commands import export
 
         return export(arguments)
-    if arguments.command == "bounce":
-        from vpae.commands import bounce
+    from vpae.commands import bounce
 
-        return bounce(arguments)
-    from vpae.quickstart import quickstart
+    return bounce(arguments)
 
+
+def _train(arguments: argparse.Namespace) -> bool:
+    """The commands that train, here or on as many ranks of this machine as were asked for."""
+    from vpae import recipe as recipes
+    from vpae.engine.launch import default_ranks, launch
+    from vpae.engine.parallel import leave, start
+    from vpae.quickstart import default_recipe, quickstart
+
+    path = arguments.recipe or default_recipe()
+    recipe = recipes.load(path, tuple(arguments.overrides))
     if "RANK" not in os.environ:
-        from vpae.engine.launch import default_ranks, launch
-
-        ranks = arguments.ranks or default_ranks()
+        otherwise = default_ranks(recipe.engine.global_batch) if arguments.command == "quickstart" else 1
+        ranks = arguments.ranks or otherwise
         if ranks > 1:
             leave(launch(ranks, sys.argv[1:]))
-    return quickstart(arguments.recipe, tuple(arguments.overrides), arguments.output, arguments.fresh, start())
+    if arguments.command == "quickstart":
+        return quickstart(recipe, arguments.output, arguments.fresh, start())
+    folder = arguments.output or Path("outputs") / recipe.name
+    if arguments.command == "finetune":
+        from vpae.finetune import finetune
+
+        return finetune(recipe, folder, arguments.resume, start())
+    from vpae.distill import distill
+
+    return distill(recipe, folder, arguments.resume, start())
 
 
 def _calm_libraries() -> None:

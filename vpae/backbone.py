@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +44,24 @@ def default_taps(num_layers: int) -> tuple[int, ...]:
     return (num_layers // 2 - 1, 3 * num_layers // 4 - 1, num_layers - 1)
 
 
+def _as_it_came(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(args[0].dtype)
+
+
+def _keep_dtype_of_queries(transformer: WanTransformer3DModel) -> None:
+    """Let q and k leave their norms in the dtype of v.
+
+    CUDA's autocast (not the CPU's) computes RMS norms in fp32 and leaves the result so; torch's own attention casts it
+    back, flash-attn and xformers refuse three tensors of two dtypes.
+    """
+    for module in transformer.modules():
+        if isinstance(module, WanAttention):
+            for name in ("norm_q", "norm_k", "norm_added_k"):
+                norm = getattr(module, name, None)  # the last one reads image tokens, in cross-attention alone
+                if norm is not None:
+                    norm.register_forward_hook(_as_it_came)
+
+
 class Backbone(nn.Module):
     """A Wan transformer seen as ``velocity, features = backbone(x_t, t, condition, taps)``.
 
@@ -55,6 +74,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.fold_text_padding = fold_text_padding
+        _keep_dtype_of_queries(transformer)
         self._text_rows = FoldedTextProcessor.install(transformer) if fold_text_padding else [0]
         self.adapter: str | None = None
 

@@ -15,7 +15,7 @@ from vpae.data.cache import prepare
 from vpae.data.encoders import Encoders
 from vpae.data.look import contact_sheet
 from vpae.data.publish import export_bounce, export_pairs
-from vpae.data.videos import write_video
+from vpae.data.videos import fit, write_video
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
@@ -67,12 +67,7 @@ def read_picture(path: Path, size: tuple[int, int] | None) -> np.ndarray:
         raise UserError(
             f"{path}: a first frame of {height}x{width} does not fit; edges must be multiples of 16 (--size)"
         )
-    scale = max(height / picture.height, width / picture.width)
-    scaled = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    if scaled != picture.size:
-        picture = picture.resize(scaled, Image.Resampling.LANCZOS)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return np.asarray(picture.crop((left, top, left + width, top + height)))
+    return fit(np.asarray(picture), size)
 
 
 def sample(arguments: argparse.Namespace) -> bool:
@@ -96,7 +91,8 @@ def sample(arguments: argparse.Namespace) -> bool:
         size = tuple(arguments.size) if arguments.size else shape[1:] if model.recipe else None
         pictures = [read_picture(p, size) for p in arguments.image]
         prompts, names = arguments.prompt, [f"{i:03d}-{p.stem}" for i, p in enumerate(arguments.image)]
-    null_text, rows = encoders.texts([arguments.negative_prompt]), []
+    negative = model.negative_prompt if arguments.negative_prompt is None else arguments.negative_prompt
+    null_text, rows = encoders.texts([negative]), []
     for i, (name, picture, prompt) in enumerate(zip(names, pictures, prompts, strict=True)):
         condition = encoders.condition([picture], [prompt], num_frames).widened(null_text.shape[1])
         latents = sample_latents(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TEXT_LENGTH = 512  # tokens Wan's transformer is made for; shorter prompts are padded with zero rows after encoding
+PATCH = 2  # latent pixels along an edge of one of the transformer's tokens
 
 
 def first_frame_mask(latent_frames: int, height: int, width: int, stride: int = 4) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from vpae import recipe as recipes
 from vpae.backbone import default_taps
 from vpae.data.cache import Cache, prepare
-from vpae.data.encoders import Encoders
+from vpae.data.encoders import Encoders, transformer_config
 from vpae.draws import generator_of, seed_of
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes, placed, shard_module
@@ -31,6 +32,7 @@ from vpae.models import (
     fake_score,
     find_model,
     judge_of,
+    preflight,
     shard,
     weights_fingerprint,
 )
@@ -48,6 +50,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     if not isinstance(recipe, Distill):
         raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae finetune")
     processes = placed(processes, recipe.engine.parallel)
+    _preflight(recipe, processes)
     open_folder(folder, recipe, resume, processes)
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
     cache = prepare(recipe.data, encoders, processes)
@@ -55,7 +58,8 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     for phase in PHASES:
         if getattr(recipe, phase) is None or (resume and _is_finished(recipe, phase, folder)):
             continue
-        trainer = None  # phase I's networks go before phase II's come
+        trainer = None
+        gc.collect()  # phase I's networks hold one another in cycles, and must go before phase II's come
         trainer = build_phase(recipe, phase, folder, cache, encoders, processes)
         resumed = resume and trainer.resume()
         if phase == "equilibrium" and not resumed:
@@ -68,6 +72,22 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
         if trainer.stopped:  # in the very last turn
             return False
     return True
+
+
+def _preflight(recipe: Distill, processes: Processes) -> None:
+    fp32 = ""
+    if recipe.equilibrium is not None:
+        _taps(recipe.equilibrium.taps, transformer_config(find_model(recipe.teacher.path))["num_layers"])
+        r1 = recipe.equilibrium.r1
+        fp32 = "equilibrium.r1.precision: fp32" if r1.weight > 0 and r1.precision == "fp32" else ""
+    preflight(recipe.teacher, recipe.engine, processes, fp32)
+
+
+def _taps(chosen: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
+    taps = tuple(chosen or default_taps(num_layers))
+    if max(taps) >= num_layers or min(taps) < 0:
+        raise UserError(f"equilibrium.taps {list(taps)} do not fit a transformer of {num_layers} blocks")
+    return taps
 
 
 def _is_finished(recipe: Distill, phase: str, folder: Path) -> bool:
@@ -93,6 +113,7 @@ def build_phase(
         encoders,
         recipe.evaluate,
         recipe.engine.samples,
+        recipe.engine.precision,
         processes,
         student=cast.ema,
         teacher=cast.teacher,
@@ -133,9 +154,7 @@ def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Met
     settings = recipe.equilibrium
     judge = judge_of(recipe, cast)
     config = cast.teacher.backbone.transformer.config
-    taps = settings.taps or default_taps(config.num_layers)
-    if max(taps) >= config.num_layers or min(taps) < 0:
-        raise UserError(f"equilibrium.taps {list(taps)} do not fit a transformer of {config.num_layers} blocks")
+    taps = _taps(settings.taps, config.num_layers)
     head = build_head(
         settings.head.kind,
         feature_dim=cast.teacher.backbone.feature_dim,
@@ -150,7 +169,7 @@ def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Met
     shard(cast.backbones, processes)
     shard_module(head, processes)
     method = Equilibrium(
-        settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=tuple(taps)
+        settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=taps
     )
     return method, [head]
 
@@ -189,4 +208,4 @@ def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, pr
             parameter.copy_(player.ema.parameters[name])
     method: Any = trainer.method
     if recipe.equilibrium.judge == "trainable":
-        copy_weights(method.sampler, method.judge)
+        copy_weights(method.ema, method.judge)

@@ -37,6 +37,7 @@ class AttentionBackend:
         trains: Whether gradients pass through it.
         needs_cuda: Whether it runs on NVIDIA GPUs alone.
         masks: Whether it takes a mask (which folded text padding needs).
+        half_only: Whether on a GPU it takes fp16 and bf16 alone.
     """
 
     dispatcher: str
@@ -44,6 +45,7 @@ class AttentionBackend:
     trains: bool = True
     needs_cuda: bool = True
     masks: bool = True
+    half_only: bool = False
 
 
 _COMPILED = "pip install --no-build-isolation"
@@ -81,19 +83,19 @@ OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     "native": AttentionBackend("native", needs_cuda=False),
     "native_math": AttentionBackend("_native_math", needs_cuda=False),
-    "native_flash": AttentionBackend("_native_flash", needs_cuda=False, masks=False),
+    "native_flash": AttentionBackend("_native_flash", needs_cuda=False, masks=False, half_only=True),
     "native_efficient": AttentionBackend("_native_efficient"),
-    "native_cudnn": AttentionBackend("_native_cudnn"),
+    "native_cudnn": AttentionBackend("_native_cudnn", half_only=True),
     # Runs on a CPU too, but has no backward there.
     "flex": AttentionBackend("flex"),
     "xformers": AttentionBackend("xformers", "xformers"),
-    "flash": AttentionBackend("flash", "flash_attn", masks=False),
-    "flash_hub": AttentionBackend("flash_hub", "kernels", masks=False),
-    "flash_3_hub": AttentionBackend("_flash_3_hub", "kernels", masks=False),
+    "flash": AttentionBackend("flash", "flash_attn", masks=False, half_only=True),
+    "flash_hub": AttentionBackend("flash_hub", "kernels", masks=False, half_only=True),
+    "flash_3_hub": AttentionBackend("_flash_3_hub", "kernels", masks=False, half_only=True),
     # diffusers wraps this one in an operator without a derivative; sage has quantised products and none either.
-    "flash_3": AttentionBackend("_flash_3", "flash_attn_3", trains=False, masks=False),
-    "sage": AttentionBackend("sage", "sageattention", trains=False, masks=False),
-    "sage_hub": AttentionBackend("sage_hub", "kernels", trains=False, masks=False),
+    "flash_3": AttentionBackend("_flash_3", "flash_attn_3", trains=False, masks=False, half_only=True),
+    "sage": AttentionBackend("sage", "sageattention", trains=False, masks=False, half_only=True),
+    "sage_hub": AttentionBackend("sage_hub", "kernels", trains=False, masks=False, half_only=True),
 }
 
 
@@ -130,19 +132,21 @@ def require(name: str, purpose: str) -> ModuleType:
         ) from error
 
 
-def check_attention_backend(name: str, *, training: bool = True, masks: bool = False) -> str:
+def check_attention_backend(name: str, *, training: bool = True, masks: bool = False, fp32: str = "") -> str:
     """Makes sure that an attention kernel can run here, before any weight is read.
 
     Args:
         name: The recipe's name of it, a key of ``ATTENTION_BACKENDS``.
         training: Whether gradients must pass. Some kernels have no derivative.
         masks: Whether it must take a mask.
+        fp32: What makes it compute in fp32, as the user would recognise it; empty where nothing does.
 
     Returns:
         The name to hand to diffusers' ``set_attention_backend``.
 
     Raises:
-        UserError: The name is unknown, the kernel cannot train, its package is missing or broken, or there is no GPU.
+        UserError: The name is unknown, the kernel cannot train or take fp32, its package is missing or broken, or
+            there is no GPU.
     """
     if name not in ATTENTION_BACKENDS:
         raise UserError(f"attention: {name!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}")
@@ -154,6 +158,10 @@ def check_attention_backend(name: str, *, training: bool = True, masks: bool = F
     if masks and not backend.masks:
         raise UserError(
             f"attention: {name} takes no mask, which fold_text_padding: true needs; set it to false, or choose native"
+        )
+    if fp32 and backend.half_only and torch.cuda.is_available():
+        raise UserError(
+            f"attention: {name} computes in bf16 alone, and {fp32} makes it compute in fp32; choose native, or bf16"
         )
     if backend.package is not None:
         require(backend.package, f"attention: {name}")

@@ -80,7 +80,12 @@ def _without_nan(value: Any) -> Any:
 def sha256(path: Path) -> str:
     """Hash of a file's bytes."""
     digest = hashlib.sha256()
+    feed(digest, path)
+    return digest.hexdigest()
+
+
+def feed(digest: hashlib._Hash, path: Path) -> None:
+    """Add a file's bytes to a hash, a MiB at a time."""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()

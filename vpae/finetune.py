@@ -25,7 +25,7 @@ from vpae.files import write_json, writing
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
 from vpae.methods.vae import Frames, VaeMethod
-from vpae.models import check_fit, compile_blocks, fresh_transformer, shard, wrap
+from vpae.models import check_fit, compile_blocks, fresh_transformer, preflight, shard, wrap
 from vpae.recipe import FinetuneFlow, FinetuneVae
 from vpae.roles import Role, full_copy
 from vpae.runs import environment, open_folder
@@ -213,6 +213,7 @@ def _composed(vae: Path, target: Path, scheduler_shift: float) -> None:
 
 def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Processes) -> bool:
     """Train a Wan transformer by flow matching; at the end ``folder/pipeline`` samples with the EMA weights."""
+    preflight(recipe.teacher, recipe.engine, processes)
     open_folder(folder, recipe, resume, processes)
     pipeline = assemble(recipe, folder, processes)
     encoders = Encoders(pipeline, processes.device)
@@ -235,6 +236,7 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
         encoders,
         recipe.evaluate,
         recipe.engine.samples,
+        recipe.engine.precision,
         processes,
         student=ema,
         teacher=None,

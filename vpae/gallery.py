@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from vpae.data.cache import Cache
 from vpae.data.encoders import Encoders
-from vpae.data.look import contact_sheet, side_by_side
+from vpae.data.look import contact_sheet, sheet_scale, side_by_side
 from vpae.draws import Draws, seed_of
-from vpae.engine.parallel import Processes, reshard
+from vpae.engine.parallel import Processes, autocast, reshard
 from vpae.engine.tracking import Tracker
 from vpae.engine.watch import motion_energy
 from vpae.recipe import Evaluate
@@ -28,6 +27,7 @@ class Gallery:
     Args:
         teacher: sampled once, with the recipe's steps and guidance; None where the run makes the teacher itself.
         student: the role that is sampled each time.
+        precision: the engine's, in which the attention kernel of the recipe is known to work.
         steps: of the student's sampler; more than 4 means Euler with ``settings``' guidance.
     """
 
@@ -38,6 +38,7 @@ class Gallery:
         encoders: Encoders,
         settings: Evaluate,
         count: int,
+        precision: str,
         processes: Processes,
         *,
         student: Role,
@@ -45,23 +46,25 @@ class Gallery:
         steps: int = 1,
     ) -> None:
         self.folder, self.encoders, self.settings, self.processes = folder, encoders, settings, processes
-        self.student, self.teacher, self.steps = student, teacher, steps
+        self.student, self.teacher, self.steps, self.precision = student, teacher, steps, precision
         count = min(count, len(cache))
         draws = Draws(seed_of(settings.seed, "gallery"), range(count), processes.device)
         self.batch = cache.fetch(list(range(count)), draws)
         self._references: dict[str, Tensor] | None = None
+        self._shown: dict[str, list[np.ndarray]] | None = None  # the references decoded, on rank 0
 
     def _sample(self, role: Role, steps: int, guided: bool) -> Tensor:
         try:
-            return sample_latents(
-                role,
-                self.batch.condition,
-                self.batch.null,
-                self.batch.draws,
-                steps=steps,
-                guidance_scale=self.settings.teacher_guidance if guided else 1.0,
-                scheduler=self.encoders.pipeline.scheduler,
-            )
+            with autocast(self.processes, self.precision):
+                return sample_latents(
+                    role,
+                    self.batch.condition,
+                    self.batch.null,
+                    self.batch.draws,
+                    steps=steps,
+                    guidance_scale=self.settings.teacher_guidance if guided else 1.0,
+                    scheduler=self.encoders.pipeline.scheduler,
+                )
         finally:
             reshard([role.backbone.transformer])
 
@@ -81,12 +84,12 @@ class Gallery:
 
     def _show(self, student: Tensor, turn: int, tracker: Tracker, ratio: float) -> None:
         tracker.scalars(turn, {"samples/motion_ratio_to_reference": ratio})
-        clips = {"student": student, **self._references}
-        frames = {name: self.encoders.decode(latents) for name, latents in clips.items()}
+        if self._shown is None:
+            self._shown = {name: self.encoders.decode(latents) for name, latents in self._references.items()}
+        frames = {"student": self.encoders.decode(student), **self._shown}
+        scale = sheet_scale(frames["student"][0].shape[2])
         for i in range(len(student)):
-            tracker.video(turn, f"samples/{i}", side_by_side([(name, f[i]) for name, f in frames.items()], scale=2))
+            tracker.video(turn, f"samples/{i}", side_by_side([(name, f[i]) for name, f in frames.items()], scale=scale))
         rows = [(f"{name} {i}", f[i]) for i in range(len(student)) for name, f in frames.items()]
         path = self.folder / "samples" / f"turn-{turn:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(rows, path)
-        tracker.picture(turn, "samples/strip", np.asarray(Image.open(path).convert("RGB")))
+        tracker.picture(turn, "samples/strip", contact_sheet(rows, path, scale=scale))

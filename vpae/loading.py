@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from diffusers import WanTransformer3DModel
 
 from vpae import recipe as recipes
 from vpae.backbone import Backbone
@@ -14,18 +16,9 @@ from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import alone, device_of_rank
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
-from vpae.models import (
-    Cast,
-    distillation_cast,
-    fake_score,
-    find_model,
-    fresh_transformer,
-    judge_of,
-    weights_fingerprint,
-    wrap,
-)
-from vpae.recipe import Distill, FinetuneFlow
-from vpae.roles import Role
+from vpae.models import find_model, fresh_transformer, weights_fingerprint, wrap
+from vpae.recipe import Distill, Engine, FinetuneFlow, Teacher
+from vpae.roles import Role, add_lora
 from vpae.runs import PHASES, RECIPE
 
 ROLES = ("student", "ema", "teacher", "fake_score", "judge")
@@ -109,18 +102,16 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
     only = {"fake_score": "priming", "judge": "equilibrium"}.get(role, phase)
     if phase not in (None, only):
         raise UserError(f"phase {phase} has no {role}; it belongs to {only}")
-    processes = alone()
-    cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, processes)
     pipeline = find_model(recipe.teacher.path)
-    chosen, stored = _role_of(recipe, cast, role)
-    if chosen is cast.teacher:
+    chosen, stored = _role_of(recipe, role)
+    if stored is None:
         return Model(chosen, pipeline, recipe, f"{role} {pipeline}")
     for name in reversed(PHASES) if only is None else (only,):
         found = checkpoints.find(run / name / "checkpoints")
         if found is not None:
             _check_base(found, pipeline)
             tensors = {f"{stored}.{key}": p.detach() for key, p in chosen.named_parameters()}
-            checkpoints.load(found, tensors, processes)
+            checkpoints.load(found, tensors, alone())
             return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
     raise UserError(f"{run} holds no checkpoint{f' of phase {only}' if only else ''} yet")
 
@@ -135,18 +126,30 @@ def _check_base(found: checkpoints.Checkpoint, pipeline: Path) -> None:
         )
 
 
-def _role_of(recipe: Distill, cast: Cast, role: str) -> tuple[Role, str]:
-    """A role of a run, and the name its weights have in a checkpoint."""
+def _base(teacher: Teacher, engine: Engine, transformer: WanTransformer3DModel) -> Backbone:
+    """One process's backbone, to be sampled in fp32, which a kernel for training may not take."""
+    return wrap(transformer, replace(teacher, attention="native"), replace(engine, checkpointing=False), alone())
+
+
+def _role_of(recipe: Distill, role: str) -> tuple[Role, str | None]:
+    """A role of a run by itself, and the name of its weights in a checkpoint (None: it is the frozen teacher)."""
+    stored, lora = role, recipe.student.lora if recipe.student.kind == "lora" else None
     if role == "fake_score":
         if recipe.priming is None:
             raise UserError("the recipe of this run has no phase I, so there is no fake_score")
-        return fake_score(cast, recipe.priming.fake_lora, recipe.seed), role
+        lora = recipe.priming.fake_lora
     if role == "judge":
         if recipe.equilibrium is None:
             raise UserError("the recipe of this run has no phase II, so there is no judge")
-        judge = judge_of(recipe, cast)
-        return judge, "head.judge" if recipe.equilibrium.judge == "trainable" else judge.name
-    return getattr(cast, role), role
+        role, stored = {
+            "unified": ("ema", "ema"),
+            "frozen": ("teacher", "teacher"),
+            "trainable": ("judge", "head.judge"),
+        }[recipe.equilibrium.judge]
+    base = _base(recipe.teacher, recipe.engine, load_transformer(find_model(recipe.teacher.path)))
+    if role == "teacher":
+        return Role("teacher", base), None
+    return (Role(role, base) if lora is None else add_lora(base, role, lora, recipe.seed)), stored
 
 
 def _from_teacher_run(run: Path, recipe: FinetuneFlow, role: str) -> Model:
@@ -162,7 +165,6 @@ def _from_teacher_run(run: Path, recipe: FinetuneFlow, role: str) -> Model:
         transformer = load_transformer(pipeline)
     else:
         transformer = fresh_transformer(recipe.transformer, recipe.seed)
-    processes = alone()
-    chosen = Role(role, wrap(transformer, recipe.teacher, recipe.engine, processes))
-    checkpoints.load(found, {f"{role}.{key}": p.detach() for key, p in chosen.named_parameters()}, processes)
+    chosen = Role(role, _base(recipe.teacher, recipe.engine, transformer))
+    checkpoints.load(found, {f"{role}.{key}": p.detach() for key, p in chosen.named_parameters()}, alone())
     return Model(chosen, pipeline, recipe, f"{role} of flow matching, turn {found.turn}, {run}")

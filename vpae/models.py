@@ -68,7 +68,7 @@ def check_fit(transformer: WanTransformer3DModel, cache: Cache, where: str) -> N
         UserError: another number of channels or another token width.
     """
     channels, config = cache.latent_shape[0], transformer.config
-    sample = cache._slice(0, "text").shape[-1], cache._slice(0, "image").shape[-1]
+    sample = cache.read(0, "text").shape[-1], cache.read(0, "image").shape[-1]
     expected = {
         "latent channels": (config.out_channels, channels),
         "text width": (config.text_dim, sample[0]),
@@ -80,6 +80,20 @@ def check_fit(transformer: WanTransformer3DModel, cache: Cache, where: str) -> N
                 f"the cache {cache.folder} and the transformer in {where} do not fit: {what} is {data} in the cache "
                 f"and {model} in the transformer; encode with that model's own VAE and text encoder"
             )
+
+
+def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str = "") -> None:
+    """What would end the run only after hours of encoding or training, asked before the first weight is read.
+
+    Args:
+        fp32: the key of the recipe, besides the engine's precision, that makes attention compute in fp32.
+
+    Raises:
+        UserError: the attention kernel cannot serve the recipe here, or the ranks cannot share the batch.
+    """
+    exact = "engine.precision: fp32" if engine.precision == "fp32" else fp32
+    check_attention_backend(teacher.attention, masks=teacher.fold_text_padding, fp32=exact)
+    processes.share(engine.global_batch)
 
 
 @dataclass(frozen=True)

@@ -41,16 +41,15 @@ def default_recipe() -> Path:
     raise UserError("recipes/quickstart.yaml is not here; start in a checkout of vpae, or name a --recipe")
 
 
-def quickstart(path: Path | None, overrides: tuple[str, ...], folder: Path, fresh: bool, processes: Processes) -> bool:
+def quickstart(recipe: recipes.Recipe, folder: Path, fresh: bool, processes: Processes) -> bool:
     """Distil (going on where an earlier call stopped), export, compare, report; False when interrupted.
 
     Raises:
         UserError: the recipe does not distil, or anything the run finds wrong.
     """
     started = time.monotonic()
-    recipe = recipes.load(path or default_recipe(), overrides)
     if not isinstance(recipe, Distill):
-        raise UserError(f"{path} is a recipe of kind {recipe.kind}; the main job distils")
+        raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; the main job distils")
     if fresh:
         processes.together(lambda: _forget(folder), main_only=True)
     if not distill(recipe, folder, True, processes):

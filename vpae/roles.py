@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from vpae.backbone import Backbone, Prediction
@@ -135,23 +134,12 @@ def copy_weights(source: Role, target: Role) -> None:
             parameter.copy_(pairs[0][name])
 
 
-def lora_state(role: Role) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's own names.
-
-    Raises:
-        ValueError: the role is not an adapter.
-    """
-    if role.adapter is None:
-        raise ValueError(f"{role.name} is not an adapter")
-    return get_peft_model_state_dict(role.backbone.transformer, adapter_name=role.adapter)
-
-
 @torch.no_grad()
 def merge_adapter(role: Role) -> nn.Module:
-    """A copy of the transformer with the role's adapter folded into plain weights (for export)."""
+    """The role as a transformer without adapters (for export): its own, or a copy with its adapter folded in."""
+    if not hasattr(role.backbone.transformer, "peft_config"):
+        return role.backbone.transformer
     transformer = copy.deepcopy(role.backbone.transformer)
-    if not hasattr(transformer, "peft_config"):
-        return transformer
     if role.adapter is None:
         transformer.unload_lora()
         return transformer

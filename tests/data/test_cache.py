@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,7 +77,7 @@ def test_each_field_of_the_fingerprint_is_checked(data):
         ("dtype", "bfloat16", "dtype is"),
     ):
         with pytest.raises(UserError, match=named):
-            open_cache(cache.folder, wanted | {field: value})
+            open_cache(cache.folder, wanted | {field: value}, start())
 
 
 def test_nan_and_missing_captions_are_named(data, monkeypatch):
@@ -109,3 +111,24 @@ def test_the_manifest_lists_every_shard_with_its_hash(data):
     cache = prepare(data.data, Encoders(data.teacher.path), start())
     manifest = json.loads((cache.folder / "manifest.json").read_text())
     assert manifest["count"] == 5 and len(manifest["shards"]) == 1 and len(manifest["shards"][0]["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("world", "what"), [({"num_frames": 6}, "6 frames of 32x32"), ({"size": 40}, "5 frames of 40x40")]
+)
+def test_clips_of_a_shape_the_model_does_not_take_are_refused_before_any_is_encoded(data, world, what):
+    data.data.source["world"] = {"size": 32, "num_frames": 5} | world
+    with pytest.raises(UserError, match=rf"data.source gives clips of {what}; .* 4k \+ 1 .* multiples of 16"):
+        prepare(data.data, Encoders(data.teacher.path), start())
+    assert not list(Path(data.data.cache).glob("shard-*"))
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(data, monkeypatch, capsys):
+    from vpae.data import cache as module
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    assert len(prepare(data.data, Encoders(data.teacher.path), start())) == 5
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out

@@ -42,7 +42,7 @@ def test_contact_sheet(tmp_path):
         inside = (rows >= rows.min()) & (rows < rows.min() + height)
         assert inside.sum() >= height * width * 0.95, level
     assert ink(sheet[:40, :150]) > 50 and ink(sheet[60:, :150]) > 20
-    contact_sheet([("real clip", flat(17, 16, 16)), ("other", flat(3, 8, 24, 200))], tmp_path / "again.png")
+    contact_sheet([("real clip", flat(17, 16, 16)), ("other", flat(3, 8, 24, 200))], tmp_path / "again.png", scale=2)
     assert path.read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
@@ -50,6 +50,13 @@ def test_contact_sheet_of_large_frames_is_scaled_down(tmp_path):
     contact_sheet([("big", flat(5, 100, 200))], tmp_path / "a.png", columns=5, scale=0.1)
     width, height = Image.open(tmp_path / "a.png").size
     assert width < 150 + 5 * 30 and height < 60
+
+
+@pytest.mark.parametrize(("width", "shown"), [(16, 128), (64, 128), (100, 100), (200, 200), (832, 256), (1280, 256)])
+def test_frames_of_a_sheet_are_of_a_size_to_look_at(tmp_path, width, shown):
+    sheet = contact_sheet([("clip", flat(3, 16, width))], tmp_path / "a.png")
+    assert np.array_equal(sheet, np.asarray(Image.open(tmp_path / "a.png")))
+    assert sheet.shape[1] == 150 + 3 * (shown + 4)
 
 
 def test_contact_sheet_mistakes(tmp_path):

@@ -11,8 +11,10 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import differing, read_tensors, write_recipe
 
+from vpae.engine.launch import default_ranks
 from vpae.engine.tracking import read_log
 
 
@@ -117,10 +119,22 @@ def test_a_signal_while_one_rank_trains_and_another_does_not_yet(micro_recipe, t
     assert "interrupted, the last checkpoint is whole; go on with" in said[0][0]
 
 
-def test_the_launcher_passes_on_the_exit_status(tmp_path):
-    command = [sys.executable, "-m", "vpae", "quickstart", "--recipe", str(tmp_path / "none.yaml"), "--ranks", "2"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2 and "no recipe at" in run.stderr and "Traceback" not in run.stderr
+@pytest.mark.parametrize("command", ["distill", "quickstart"])
+def test_the_launcher_passes_on_the_exit_status(micro_recipe, tmp_path, command):
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    named = [str(recipe)] if command == "distill" else ["--recipe", str(recipe)]
+    options = ["--output", str(tmp_path), "--ranks", "2"]
+    run = subprocess.run(
+        [sys.executable, "-m", "vpae", command, *named, *options], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2 and "is not empty and holds no vpae run" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(("gpus", "batch", "ranks"), [(8, 16, 8), (6, 16, 4), (3, 16, 2), (7, 13, 1), (3, 12, 3)])
+def test_by_default_as_many_ranks_as_can_share_the_batch(monkeypatch, gpus, batch, ranks):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert default_ranks(batch) == ranks
 
 
 def _kill_while_training(recipe, folder, longest, generator):

@@ -375,7 +375,7 @@ def test_players_and_their_followers(build, judge):
     student, head = stage.method.players["student"], stage.method.players["head"]
     mine, follower = stage.parameters("student"), stage.parameters("ema")
     assert student.ema.decay == 0.9 and all(student.ema.parameters[k] is follower[k] for k in mine)
-    assert head.ema is None and stage.method.sampler is stage.roles["ema"]
+    assert head.ema is None and stage.method.ema is stage.roles["ema"]
     owned = {f"head.{k}": p for k, p in stage.parameters("head").items()}
     if judge == "trainable":
         owned |= {f"judge.{k}": p for k, p in stage.parameters("judge").items()}

@@ -66,7 +66,7 @@ def test_turns_and_follower(stage):
     player = stage.method.players["student"]
     assert stage.method.turns == player.steps == 10 and stage.method.player_of(3) == "student"
     assert player.ema.decay == 0.9 and player.ema.parameters.keys() == player.parameters.keys()
-    assert stage.method.sampler is stage.roles["ema"]
+    assert stage.method.ema is stage.roles["ema"]
 
 
 def test_a_gaussian_model_learns_mean_and_spread_of_its_data(gaussian):

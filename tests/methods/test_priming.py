@@ -149,7 +149,7 @@ def test_players_and_their_followers(build):
     assert student.ema.parameters.keys() == student.parameters.keys()
     mine, follower = stage.parameters("student"), stage.parameters("ema")
     assert all(student.parameters[k] is mine[k] and student.ema.parameters[k] is follower[k] for k in mine)
-    assert stage.method.sampler is stage.roles["ema"]
+    assert stage.method.ema is stage.roles["ema"]
 
 
 def test_scalars_are_what_they_say(build, batch_of):

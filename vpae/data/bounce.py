@@ -54,7 +54,8 @@ _CONSTANTS: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda v: isinstance(v, dict) and all(isinstance(k, str) and _number(s) for k, s in v.items()),
         "a mapping of words to px/frame",
     ),
-    "gravity": (_number, "a number of px/frame^2"),
+    # a world of counterfactual clips may pull up, one that is captioned "Gravity pulls down." may not
+    "gravity": (lambda v: _number(v) and v >= 0, "px/frame^2 downwards, from 0"),
     "wall": (_number, "a number of px"),
 }
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vpae.conditioning import Condition, first_frame_mask
+from vpae.conditioning import PATCH, Condition, first_frame_mask
 from vpae.data.encoders import Encoders
 from vpae.data.sources import Source, open_source
 from vpae.draws import Draws
@@ -30,7 +30,7 @@ from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.files import sha256, write_json, write_text, writing
 from vpae.methods.base import Batch
-from vpae.recipe import Data
+from vpae.recipe import Data, digest
 from vpae.runs import first_difference
 
 _REVISION, _SHARD, _ENCODE_BATCH = 1, 256, 8
@@ -71,7 +71,8 @@ class Cache:
     def caption(self, index: int) -> str:
         return self.manifest["captions"][index]
 
-    def _slice(self, index: int, name: str) -> Tensor:
+    def read(self, index: int, name: str) -> Tensor:
+        """One field (x0, latent, text, image) of a sample."""
         shard, row = divmod(index, _SHARD)
         handles = self._open
         if shard not in handles:
@@ -80,7 +81,7 @@ class Cache:
 
     def fetch(self, indices: list[int], draws: Draws) -> Batch:
         """The samples ``indices`` as a batch on the device of ``draws``."""
-        parts = {name: [self._slice(i, name) for i in indices] for name in _FIELDS}
+        parts = {name: [self.read(i, name) for i in indices] for name in _FIELDS}
         rows = int(self.manifest["text_rows"])
         text = torch.stack([F.pad(x, (0, 0, 0, rows - len(x))) for x in parts["text"]])
         latent = torch.stack(parts["latent"])
@@ -91,7 +92,7 @@ class Cache:
 
 
 def expected(data: Data, source: Source, encoders: Encoders) -> dict[str, Any]:
-    """What decides a cache's content, field by field."""
+    """What decides a cache's content, field by field (reads the encoders' weights and a part of each video)."""
     return {
         "revision": _REVISION,
         "source": source.fingerprint(),
@@ -104,11 +105,11 @@ def expected(data: Data, source: Source, encoders: Encoders) -> dict[str, Any]:
 def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
     """Open the recipe's cache; build it (all ranks together) where it is not there or not finished."""
     folder, source = Path(data.cache), open_source(data.source)
-    wanted = expected(data, source, encoders)
+    wanted = processes.from_main(lambda: expected(data, source, encoders))
     with _alone(folder, processes):
         if processes.agree([not (folder / _MANIFEST).is_file()])[0]:
             _build(folder, source, encoders, data, wanted, processes)
-    return open_cache(folder, wanted)
+    return open_cache(folder, wanted, processes)
 
 
 @contextlib.contextmanager
@@ -124,6 +125,8 @@ def _alone(folder: Path, processes: Processes) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another run that is using the cache {folder} ...", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            print(f"the cache {folder} cannot be locked ({error.strerror}): let one run build it at a time", flush=True)
         yield
 
 
@@ -184,6 +187,7 @@ def _encode(source: Source, indices: range, encoders: Encoders, bar: tqdm) -> tu
             if not record.caption.strip():
                 raise UserError(f"clip {record.name} has an empty caption; give it one or leave the clip out")
         frames, first = [r.frames for r in records], [r.frames[0] for r in records]
+        _check_shape(frames[0], encoders)
         encoded = {
             "x0": encoders.latents(frames),
             "latent": encoders.first_frame(first, len(frames[0])),
@@ -202,6 +206,17 @@ def _encode(source: Source, indices: range, encoders: Encoders, bar: tqdm) -> tu
     return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}, captions
 
 
+def _check_shape(frames: np.ndarray, encoders: Encoders) -> None:
+    """The clips of a source have one shape: it must be one that VAE and transformer divide evenly."""
+    count, height, width = frames.shape[:3]
+    stride, edge = encoders.vae.config.scale_factor_temporal, PATCH * encoders.vae.config.scale_factor_spatial
+    if count % stride != 1 or height % edge or width % edge:
+        raise UserError(
+            f"data.source gives clips of {count} frames of {height}x{width}; the model takes {stride}k + 1 frames "
+            f"with edges that are multiples of {edge}"
+        )
+
+
 def _write_manifest(folder: Path, shards: int, encoders: Encoders, data: Data, wanted: dict[str, Any]) -> None:
     entries, captions, rows, shape = [], [], 1, None
     for shard in range(shards):
@@ -217,7 +232,7 @@ def _write_manifest(folder: Path, shards: int, encoders: Encoders, data: Data, w
     null_sha256 = sha256(folder / _NULL_TEXT)
     manifest = {
         "fingerprint": wanted,
-        "digest": sha256_of([wanted, null_sha256, [e["sha256"] for e in entries]]),
+        "digest": digest([wanted, null_sha256, [e["sha256"] for e in entries]]),
         "null_text_sha256": null_sha256,
         "count": len(captions),
         "latent_shape": shape,
@@ -234,13 +249,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def sha256_of(value: Any) -> str:
-    """Short content hash of a JSON value."""
-    return hashlib.sha256(_json(value).encode()).hexdigest()[:16]
-
-
-def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
-    """Open a finished cache and check that it is the one wanted, unharmed.
+def open_cache(folder: Path, wanted: dict[str, Any], processes: Processes) -> Cache:
+    """Open a finished cache and check that it is the one wanted, unharmed (rank 0 reads all of it).
 
     Raises:
         UserError: it is damaged, or made from other data or encoders (the field is named).
@@ -248,20 +258,25 @@ def open_cache(folder: Path, wanted: dict[str, Any]) -> Cache:
     mend = f"remove {folder} to build it anew, or name another data.cache"
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        have = manifest["fingerprint"]
-        shards, null_sha256 = manifest["shards"], manifest["null_text_sha256"]
+        have, _, _ = manifest["fingerprint"], manifest["shards"], manifest["null_text_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'manifest.json'} is damaged; {mend}") from None
+        raise UserError(f"{folder / _MANIFEST} is damaged; {mend}") from None
     for field, value in wanted.items():
         difference = first_difference(have.get(field), value, field, ("in the cache", "in the recipe"))
         if difference:
             raise UserError(f"cache {folder} does not fit this recipe: {difference}; {mend}")
-    for shard in shards:
-        file = folder / shard["file"]
-        if not file.is_file() or file.stat().st_size != shard["bytes"] or sha256(file) != shard["sha256"]:
-            raise UserError(f"cache shard {file} is missing or damaged; {mend}")
-    if not (folder / _NULL_TEXT).is_file() or sha256(folder / _NULL_TEXT) != null_sha256:
-        raise UserError(f"cache file {folder / _NULL_TEXT} is missing or damaged; {mend}")
+    processes.together(lambda: _check_files(folder, manifest, mend), main_only=True)
     with safe_open(folder / _NULL_TEXT, framework="pt") as handle:
         null_text = handle.get_tensor("null_text")
     return Cache(folder, manifest, null_text)
+
+
+def _check_files(folder: Path, manifest: dict[str, Any], mend: str) -> None:
+    """Compare every file with what was written."""
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        if not file.is_file() or file.stat().st_size != shard["bytes"] or sha256(file) != shard["sha256"]:
+            raise UserError(f"cache shard {file} is missing or damaged; {mend}")
+    null = folder / _NULL_TEXT
+    if not null.is_file() or sha256(null) != manifest["null_text_sha256"]:
+        raise UserError(f"cache file {null} is missing or damaged; {mend}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from vpae.conditioning import TEXT_LENGTH, Condition, first_frame_mask, pad_text
 from vpae.errors import UserError
+from vpae.files import feed
 
 PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
 
@@ -63,15 +66,28 @@ def load_pipeline(folder: str | Path, *, transformer: bool) -> WanImageToVideoPi
     return pipeline
 
 
+def transformer_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a pipeline folder's transformer, without its weights.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    file = Path(folder) / "transformer" / "config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no transformer/ (with a config.json)") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot load the transformer in {folder}: {file.name} is damaged ({error})") from None
+
+
 def load_transformer(folder: str | Path) -> WanTransformer3DModel:
     """The transformer of a pipeline folder, fp32, from safetensors.
 
     Raises:
         UserError: it is missing, damaged, or no Wan transformer.
     """
-    folder = Path(folder)
-    if not (folder / "transformer" / "config.json").is_file():
-        raise UserError(f"{folder} holds no transformer/ (with a config.json)")
+    transformer_config(folder)
     try:
         with quiet():
             return WanTransformer3DModel.from_pretrained(
@@ -177,5 +193,5 @@ class Encoders:
             for file in sorted((self.folder / part).rglob("*")):
                 if file.suffix in (".json", ".safetensors", ".model"):
                     digest.update(str(file.relative_to(self.folder)).encode())
-                    digest.update(file.read_bytes())
+                    feed(digest, file)
         return digest.hexdigest()[:16]

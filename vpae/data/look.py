@@ -40,6 +40,16 @@ def _text_height(text: str, font: ImageFont.FreeTypeFont) -> int:
     return int(np.ceil(box[3]))
 
 
+def shown_scale(width: int, most: int) -> float:
+    """The scale at which a clip of ``width`` px is shown: as large a whole number as ``most`` px allow, or smaller."""
+    return float(most // width) if width <= most else most / width
+
+
+def sheet_scale(width: int) -> float:
+    """The scale of a sheet's frames: small ones about 128 px wide, larger ones as they are up to 256 px."""
+    return shown_scale(width, 128) if width <= 128 else min(1.0, 256 / width)
+
+
 def enlarge(picture: np.ndarray, scale: float) -> Image.Image:
     """A picture ``[H, W, 3]`` at ``scale`` times its size: whole numbers show its pixels, others are Lanczos."""
     height, width = picture.shape[:2]
@@ -71,15 +81,18 @@ def _strip(label: str, frames: np.ndarray, columns: int, scale: float) -> Image.
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, np.ndarray]], path: str | Path, *, columns: int = 9, scale: float = 2
-) -> None:
+    rows: Sequence[tuple[str, np.ndarray]], path: str | Path, *, columns: int = 9, scale: float | None = None
+) -> np.ndarray:
     """Write a PNG with a row a clip: its label, and ``columns`` frames spread over it, numbered.
 
     Args:
         rows: labels and frames uint8 ``[F, H, W, 3]``; sizes and lengths may differ.
         path: the file; its folder is made, and it appears only when it is whole.
         columns: frames a row, fewer where a clip has fewer.
-        scale: of the frames.
+        scale: of the frames; None: :func:`sheet_scale` of the first row's.
+
+    Returns:
+        the sheet, uint8 ``[H, W, 3]``.
 
     Raises:
         UserError: the file cannot be written.
@@ -87,6 +100,8 @@ def contact_sheet(
     """
     if not rows:
         raise ValueError("a contact sheet needs a row")
+    if scale is None:
+        scale = sheet_scale(rows[0][1].shape[2])
     strips = [_strip(label, frames, columns, scale) for label, frames in rows]
     width = max(strip.width for strip in strips)
     sheet = Image.new("RGB", (width, sum(strip.height + _GAP for strip in strips) + _GAP), PAPER)
@@ -96,6 +111,7 @@ def contact_sheet(
         top += strip.height + _GAP
     with atomic(Path(path)) as draft:
         sheet.save(draft, format="PNG")
+    return np.asarray(sheet)
 
 
 def side_by_side(clips: Sequence[tuple[str, np.ndarray]], *, scale: float = 1) -> np.ndarray:

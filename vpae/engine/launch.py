@@ -14,11 +14,13 @@ SAVED_NOTE = "VPAE_SAVED_NOTE"  # environment: the file by which rank 0 says tha
 _PATIENCE = 300  # seconds a rank has to finish its turn and save after a signal
 
 
-def default_ranks() -> int:
-    """One rank a GPU; two on a CPU that has the cores, where one rank leaves most of a second core idle."""
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return min(2, len(os.sched_getaffinity(0)))
+def default_ranks(batch: int) -> int:
+    """As many ranks as can share ``batch`` samples evenly: up to one a GPU, or two on a CPU that has the cores.
+
+    One rank leaves most of a second core idle.
+    """
+    most = torch.cuda.device_count() if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+    return max(ranks for ranks in range(1, max(1, most) + 1) if batch % ranks == 0)
 
 
 def launch(ranks: int, arguments: list[str]) -> int:
@@ -31,6 +33,8 @@ def launch(ranks: int, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # torch 2.11 knows no such setting: there it is 30 s
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_PATIENCE))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     config = LaunchConfig(
         min_nodes=1,
@@ -40,7 +44,6 @@ def launch(ranks: int, arguments: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        shutdown_timeout=_PATIENCE,
     )
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "saved"

@@ -50,6 +50,18 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def share(self, batch: int) -> int:
+        """Samples of a global ``batch`` that each rank sees.
+
+        Raises:
+            UserError: it cannot be split evenly.
+        """
+        if batch % self.size:
+            raise UserError(
+                f"engine.global_batch {batch} cannot be split over {self.size} ranks: make it a multiple of {self.size}"
+            )
+        return batch // self.size
+
     def agree(self, flags: Iterable[bool]) -> list[bool]:
         """Logical OR of each flag over all ranks."""
         mine = torch.tensor([float(f) for f in flags], device=self.device)
@@ -98,6 +110,14 @@ class Processes:
         if self.agree([failure is not None])[0]:
             raise failure or UserError(f"rank {self.rank} stops because another rank failed; see its message")
         return result
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 alone and have its result on every rank; for plain objects.
+
+        Raises:
+            UserError: as :meth:`together`.
+        """
+        return self.gather(self.together(action, main_only=True))[0]
 
 
 def device_of_rank() -> torch.device:

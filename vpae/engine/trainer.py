@@ -90,11 +90,7 @@ class Trainer:
 
     def __init__(self, method: Method, run: Run, processes: Processes) -> None:
         self.method, self.run, self.processes = method, run, processes
-        if run.settings.global_batch % processes.size:
-            raise UserError(
-                f"engine.global_batch {run.settings.global_batch} cannot be split over {processes.size} ranks: "
-                f"make it a multiple of {processes.size}"
-            )
+        processes.share(run.settings.global_batch)
         self.optimisers = {name: optim.build_optimiser(player) for name, player in method.players.items()}
         self.steps = dict.fromkeys(method.players, 0)
         self.turn = 0

@@ -85,7 +85,7 @@ def _aim(clip: Clip, tracks: Sequence[Track | None], gravity: np.ndarray) -> tup
 
 def _law(clip: Clip, runs: Sequence[Sequence[Flight]], gravity: float) -> float:
     """Agreement of the pooled vertical acceleration of all flights with the captioned law."""
-    unit = clip.world.gravity * clip.world.scale
+    unit = abs(clip.world.gravity) * clip.world.scale
     if not unit:  # a world in which both laws are the same
         return float("nan")
     found = [f for ball in runs for f in ball if f.information]

@@ -92,7 +92,7 @@ def _overlap(motion: _Motion) -> np.ndarray:
 
 def _law(motion: _Motion, runs: Sequence[Flight], promised: bool) -> float:
     """Each flight's fitted acceleration against the captioned one, weighted by how well it is known."""
-    unit = motion.world.gravity * motion.world.scale
+    unit = abs(motion.world.gravity) * motion.world.scale
     if not unit:  # a world in which both laws are the same
         return float("nan")
     found = [f for f in runs if f.information]

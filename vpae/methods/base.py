@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vpae.conditioning import Condition
 from vpae.draws import Draws
 from vpae.recipe import Optimiser
-from vpae.roles import Role
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,6 @@ class Method(Protocol):
     name: str
     players: dict[str, Player]
     turns: int
-    sampler: Role | None
 
     def player_of(self, turn: int) -> str:
         """Whose turn it is."""

@@ -48,7 +48,7 @@ class Equilibrium:
         taps: tuple[int, ...],
     ) -> None:
         self.settings, self.taps, self.head = settings, taps, head
-        self.teacher, self.student, self.judge, self.sampler = teacher, student, judge, ema
+        self.teacher, self.student, self.judge, self.ema = teacher, student, judge, ema
         self.adversary = losses.ADVERSARIAL[settings.adversarial]
         head_steps = settings.student_steps * settings.head_per_student
         self.turns = settings.student_steps + head_steps

@@ -15,7 +15,7 @@ class FlowMatching:
     name = "flow_matching"
 
     def __init__(self, settings: Settings, *, student: Role, ema: Role) -> None:
-        self.settings, self.student, self.sampler = settings, student, ema
+        self.settings, self.student, self.ema = settings, student, ema
         self.turns = settings.steps
         follow = Ema("ema", dict(ema.named_parameters()), settings.ema_decay)
         self.players = {

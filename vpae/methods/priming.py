@@ -28,7 +28,7 @@ class Priming:
 
     def __init__(self, settings: Settings, *, teacher: Role, student: Role, fake_score: Role, ema: Role) -> None:
         self.settings = settings
-        self.teacher, self.student, self.fake_score, self.sampler = teacher, student, fake_score, ema
+        self.teacher, self.student, self.fake_score, self.ema = teacher, student, fake_score, ema
         fake_steps = settings.student_steps * settings.fake_per_student
         self.turns = settings.student_steps + fake_steps
         follow = Ema("ema", dict(ema.named_parameters()), settings.ema_decay)

@@ -47,7 +47,6 @@ class VaeMethod:
     """One player, the autoencoder."""
 
     name = "vae"
-    sampler = None
 
     def __init__(self, settings: Settings, vae: AutoencoderKLWan) -> None:
         self.settings = settings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpae.data.look import contact_sheet, side_by_side
+from vpae.data.look import contact_sheet, shown_scale, side_by_side
 from vpae.data.videos import write_video
 from vpae.files import atomic
 from vpae.report.page import build_page
@@ -89,7 +89,7 @@ def write_comparison(
     if not captions or not columns:
         raise ValueError("a comparison needs a condition and a column")
     width = columns[0][1][0].shape[2]
-    scale = _SHOWN // width if width <= _SHOWN else _SHOWN / width
+    scale = shown_scale(width, _SHOWN)
     scenes = [
         side_by_side([(caption, side_by_side([(label, clips[i]) for label, clips in columns], scale=scale))])
         for i, caption in enumerate(captions)
