@@ -1,10 +1,11 @@
-"""Text padding computed once instead of hundreds of times, exactly.
+"""Text padding computed once instead of hundreds of times, exactly in fp32.
 
 Wan's image-to-video transformer takes 512 text tokens, whatever the prompt: rows after its end are zeros, and all
 their keys and values are the same vector. Softmax over n equal keys is softmax over one of them with ``log n`` added
 to its logit, so one row can stand for all. At 80 video tokens (the tiny teacher) the 512 rows would cost more than
 the video itself; at 32,760 tokens (480p) they are nothing, and the stock processor, which any attention backend can
-serve, is the better choice.
+serve, is the better choice. Kernels take the mask in the query's dtype, and bf16 rounds ``log n`` so that the padding
+weighs up to 2 % too much or too little: no more than bf16 does to any logit of that size.
 """
 
 from __future__ import annotations

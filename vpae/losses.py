@@ -108,7 +108,7 @@ def finite_difference_r1(clean: Tensor, perturbed: Tensor) -> Tensor:
     temporal one is on differences of frames.
 
     Under bf16 the spatial term at sigma 0.01 is mostly rounding: seven times too large, its gradient at a cosine of
-    0.42 to 0.47 with the fp32 one; the temporal term at sigma 0.1 keeps 0.98
+    0.36 to 0.59 with the fp32 one; the temporal term at sigma 0.1 keeps 0.98
     (``benchmarks/results/numerics_cpu.json``).
     """
     return (clean - perturbed).square().mean()

@@ -1,7 +1,7 @@
 """Processes, devices and sharding. Models know nothing of this file.
 
 torch's ``fully_shard`` is used directly: accelerate's FSDP2 path takes one model and cannot run without GPUs, and a
-distillation needs several models under one mesh. ``torchrun`` and ``accelerate launch`` both start us.
+distillation needs several models under one mesh. ``torchrun`` starts us, or anything that sets its variables.
 """
 
 from __future__ import annotations
