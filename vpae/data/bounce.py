@@ -55,7 +55,7 @@ _CONSTANTS: dict[str, tuple[Callable[[object], bool], str]] = {
         "a mapping of words to px/frame",
     ),
     # a world of counterfactual clips may pull up, one that is captioned "Gravity pulls down." may not
-    "gravity": (lambda v: _number(v) and v >= 0, "px/frame^2 downwards, from 0"),
+    "gravity": (lambda v: _number(v) and v >= 0, "a number of px/frame^2 downwards, from 0"),
     "wall": (_number, "a number of px"),
 }
 
