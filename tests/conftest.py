@@ -132,7 +132,7 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
             "kind": "distill",
             "name": "micro",
             "seed": 0,
-            "teacher": {"path": str(micro_pipeline), "attention": "native", "fold_text_padding": True},
+            "teacher": {"path": str(micro_pipeline), "dtype": "fp32", "attention": "native", "fold_text_padding": True},
             "data": {
                 "source": {"kind": "bounce", "split": "train", "count": 20, "start": 0, "world": WORLD},
                 "cache": str(micro_cache_folder),

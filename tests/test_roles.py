@@ -12,7 +12,7 @@ from vpae.conditioning import Condition, first_frame_mask
 from vpae.draws import generator_of
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
-from vpae.models import distillation_cast, fake_score
+from vpae.models import distillation_cast, fake_score, materialise
 from vpae.recipe import Lora, from_plain
 from vpae.roles import Role, add_lora, copy_weights, full_copy, merge_adapter
 
@@ -48,8 +48,10 @@ def inputs(text=16, image=16):
 def cast(request, micro_recipe):
     micro_recipe["student"]["kind"] = request.param
     recipe = from_plain(micro_recipe, "test")
-    cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, ALONE)
-    return cast, fake_score(cast, recipe.priming.fake_lora, recipe.seed)
+    cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
+    fake = fake_score(cast, recipe.priming.fake_lora, recipe.seed)
+    materialise(cast, ALONE)
+    return cast, fake
 
 
 def test_all_roles_start_as_the_teacher_bit_for_bit(cast):
@@ -181,7 +183,7 @@ def test_copying_weights():
 def test_a_merged_role_answers_as_the_role_from_plain_weights(name):
     teacher, (x_t, t, condition) = make_teacher(), inputs()
     roles = {"teacher": teacher}
-    roles |= {name: awaken(add_lora(teacher.backbone, name, LORA, 0)) for name in ("student", "ema")}
+    roles |= {name: awaken(add_lora(teacher.backbone, name, LORA, 0), 0.2) for name in ("student", "ema")}
     said = {key: role.velocity(x_t, t, condition) for key, role in roles.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # peft warns when it has to guess which adapter is meant

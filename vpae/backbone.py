@@ -77,6 +77,7 @@ class Backbone(nn.Module):
         _keep_dtype_of_queries(transformer)
         self._text_rows = FoldedTextProcessor.install(transformer) if fold_text_padding else [0]
         self.adapter: str | None = None
+        self.adapter_seeds: dict[str, int] = {}  # of every LoRA on it, by name: what its first weights are drawn from
 
     @property
     def feature_dim(self) -> int:

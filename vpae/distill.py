@@ -32,8 +32,8 @@ from vpae.models import (
     fake_score,
     find_model,
     judge_of,
+    materialise,
     preflight,
-    shard,
     weights_fingerprint,
 )
 from vpae.recipe import Distill
@@ -102,7 +102,7 @@ def build_phase(
     recipe: Distill, phase: str, folder: Path, cache: Cache, encoders: Encoders, processes: Processes
 ) -> Trainer:
     """The networks, method and trainer of one phase, at its first turn."""
-    cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, processes)
+    cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
     check_fit(cast.teacher.backbone.transformer, cache, recipe.teacher.path)
     method, heads = (_priming if phase == "priming" else _equilibrium)(recipe, cast, processes)
     if recipe.engine.compile:
@@ -145,7 +145,7 @@ def _identity(recipe: Distill, data: str, latent_shape: tuple[int, ...], phase: 
 
 def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     fake = fake_score(cast, recipe.priming.fake_lora, recipe.seed)
-    shard(cast.backbones, processes)
+    materialise(cast, processes)
     method = Priming(recipe.priming, teacher=cast.teacher, student=cast.student, fake_score=fake, ema=cast.ema)
     return method, []
 
@@ -166,7 +166,7 @@ def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Met
         queries=settings.head.queries,
         generator=generator_of(recipe.seed, "head"),
     ).to(processes.device)
-    shard(cast.backbones, processes)
+    materialise(cast, processes)
     shard_module(head, processes)
     method = Equilibrium(
         settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=taps

@@ -16,7 +16,7 @@ from vpae.data.encoders import Encoders, load_transformer, quiet, to_pixels
 from vpae.data.sources import Source, open_source
 from vpae.data.tiny import write_encoders
 from vpae.draws import Draws, seed_of
-from vpae.engine.parallel import Processes, placed, shard_module, whole
+from vpae.engine.parallel import Processes, placed, shard_backbone, shard_module, whole
 from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
@@ -25,7 +25,7 @@ from vpae.files import write_json, writing
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
 from vpae.methods.vae import Frames, VaeMethod
-from vpae.models import check_fit, compile_blocks, fresh_transformer, preflight, shard, wrap
+from vpae.models import check_fit, compile_blocks, fresh_transformer, preflight, wrap
 from vpae.recipe import FinetuneFlow, FinetuneVae
 from vpae.roles import Role, full_copy
 from vpae.runs import environment, open_folder
@@ -224,9 +224,10 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     else:
         transformer = fresh_transformer(recipe.transformer, recipe.seed)
     check_fit(transformer, cache, str(pipeline))
-    student = Role("student", wrap(transformer, recipe.teacher, recipe.engine, processes))
+    student = Role("student", wrap(transformer.to(processes.device), recipe.teacher, recipe.engine))
     ema = full_copy(student, "ema")
-    shard([student.backbone, ema.backbone], processes)
+    for backbone in (student.backbone, ema.backbone):
+        shard_backbone(backbone, processes)
     if recipe.engine.compile:
         compile_blocks([student.backbone])
     method = FlowMatching(recipe.training, student=student, ema=ema)

@@ -128,7 +128,8 @@ def _check_base(found: checkpoints.Checkpoint, pipeline: Path) -> None:
 
 def _base(teacher: Teacher, engine: Engine, transformer: WanTransformer3DModel) -> Backbone:
     """One process's backbone, to be sampled in fp32, which a kernel for training may not take."""
-    return wrap(transformer, replace(teacher, attention="native"), replace(engine, checkpointing=False), alone())
+    there = transformer.to(device_of_rank())
+    return wrap(there, replace(teacher, attention="native"), replace(engine, checkpointing=False))
 
 
 def _role_of(recipe: Distill, role: str) -> tuple[Role, str | None]:

@@ -11,13 +11,14 @@ from diffusers import WanTransformer3DModel
 
 from vpae.backbone import Backbone
 from vpae.data.cache import Cache
-from vpae.data.encoders import load_transformer
+from vpae.data.encoders import transformer_config
 from vpae.draws import seed_of
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
 from vpae.recipe import Distill, Engine, Lora, Student, Teacher
 from vpae.roles import Role, add_lora, copy_weights, full_copy
+from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
 
 
 def find_model(path: str) -> Path:
@@ -51,10 +52,10 @@ def weights_fingerprint(pipeline: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def wrap(transformer: WanTransformer3DModel, teacher: Teacher, engine: Engine, processes: Processes) -> Backbone:
-    """A frozen backbone on this rank's device, with the recipe's attention and checkpointing; not sharded yet."""
+def wrap(transformer: WanTransformer3DModel, teacher: Teacher, engine: Engine) -> Backbone:
+    """A frozen backbone with the recipe's attention and checkpointing, where the transformer is."""
     transformer.set_attention_backend(check_attention_backend(teacher.attention, masks=teacher.fold_text_padding))
-    backbone = Backbone(transformer.to(processes.device), fold_text_padding=teacher.fold_text_padding)
+    backbone = Backbone(transformer, fold_text_padding=teacher.fold_text_padding)
     backbone.transformer.requires_grad_(False)
     if engine.checkpointing:
         backbone.enable_checkpointing()
@@ -98,25 +99,50 @@ def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str 
 
 @dataclass(frozen=True)
 class Cast:
-    """Teacher, student and its EMA; ``backbones`` are the distinct networks behind all roles."""
+    """Teacher, student and its EMA; ``backbones`` are the distinct networks behind all roles, the teacher's first.
 
+    Until :func:`materialise` all of them are on the meta device.
+    """
+
+    pipeline: Path
     teacher: Role
     student: Role
     ema: Role
     backbones: list[Backbone]
 
 
-def distillation_cast(teacher: Teacher, student: Student, engine: Engine, seed: int, processes: Processes) -> Cast:
-    """Teacher, and a student and EMA that start from it; call :func:`shard` once all adapters are on."""
-    path = find_model(teacher.path)
-    base = Role("teacher", wrap(load_transformer(path), teacher, engine, processes))
+def distillation_cast(teacher: Teacher, student: Student, engine: Engine, seed: int) -> Cast:
+    """Teacher, and a student and EMA that will start from it; :func:`materialise` once all adapters are on."""
+    pipeline = find_model(teacher.path)
+    transformer = unborn_transformer(transformer_config(pipeline))
+    base = Role("teacher", wrap(transformer, teacher, engine))
     if student.kind == "lora":
-        live = add_lora(base.backbone, "student", student.lora, seed)
-        ema = add_lora(base.backbone, "ema", student.lora, seed)
-        copy_weights(live, ema)
-        return Cast(base, live, ema, [base.backbone])
+        store_as(transformer, teacher.dtype)
+        live, ema = (add_lora(base.backbone, name, student.lora, seed) for name in ("student", "ema"))
+        return Cast(pipeline, base, live, ema, [base.backbone])
     live, ema = full_copy(base, "student"), full_copy(base, "ema")
-    return Cast(base, live, ema, [base.backbone, live.backbone, ema.backbone])
+    store_as(transformer, teacher.dtype)
+    return Cast(pipeline, base, live, ema, [base.backbone, live.backbone, ema.backbone])
+
+
+def materialise(cast: Cast, processes: Processes) -> None:
+    """Shard the networks, give them memory and read the teacher's weights: every role answers as the teacher does.
+
+    Raises:
+        UserError: the teacher's files are damaged, or not those of its config.
+    """
+    for backbone in cast.backbones:
+        shard_backbone(backbone, processes)
+        give_memory(backbone, processes)
+    base, *copies = cast.backbones
+    read_weights(base, cast.pipeline, processes)
+    for i, backbone in enumerate(copies):
+        if i == 0:  # from the files: the teacher may be kept in less precision
+            read_weights(backbone, cast.pipeline, processes)
+        else:
+            copy_base(copies[0], backbone)
+    if cast.student.adapter is not None:
+        copy_weights(cast.student, cast.ema)
 
 
 def fake_score(cast: Cast, lora: Lora, seed: int) -> Role:
@@ -133,15 +159,9 @@ def judge_of(recipe: Distill, cast: Cast) -> Role:
         return cast.teacher
     if recipe.student.kind == "lora":
         return add_lora(cast.teacher.backbone, "judge", recipe.student.lora, recipe.seed)
-    judge = full_copy(cast.teacher, "judge")
+    judge = full_copy(cast.student, "judge")
     cast.backbones.append(judge.backbone)
     return judge
-
-
-def shard(backbones: list[Backbone], processes: Processes) -> None:
-    """Shard every distinct backbone."""
-    for backbone in backbones:
-        shard_backbone(backbone, processes)
 
 
 def compile_blocks(backbones: list[Backbone]) -> None:

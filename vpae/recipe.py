@@ -43,9 +43,13 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model. ``path`` is a diffusers folder of a WanImageToVideoPipeline."""
+    """The frozen model. ``path`` is a diffusers folder of a WanImageToVideoPipeline.
+
+    ``dtype`` is how its weights (the base of every LoRA) are kept in memory; a full student's are always fp32.
+    """
 
     path: str
+    dtype: Literal["fp32", "bf16"]
     attention: str
     fold_text_padding: bool
 
@@ -371,8 +375,14 @@ def _check(recipe: Recipe, where: str) -> None:
             recipe.training.trained == "all" or recipe.init is not None,
             "training.trained is decoder, so init must name the VAE whose encoder is kept",
         )
+    if isinstance(recipe, FinetuneFlow):
+        need(recipe.teacher.dtype == "fp32", "teacher.dtype must be fp32: flow matching trains these weights")
     if not isinstance(recipe, Distill):
         return
+    need(
+        recipe.teacher.dtype == "fp32" or engine.precision == "bf16",
+        "teacher.dtype bf16 has no fp32 to compute in: set engine.precision to bf16, or teacher.dtype to fp32",
+    )
     need(recipe.priming is not None or recipe.equilibrium is not None, "both phases are null: nothing to do")
     need(
         recipe.priming_run is None or (recipe.priming is None and recipe.equilibrium is not None),
@@ -389,6 +399,12 @@ def _check(recipe: Recipe, where: str) -> None:
         need(
             phase.judge_time.high < 1,
             "equilibrium.judge_time.high must be below 1: at t = 1 the judge sees pure noise and no gradient is left",
+        )
+        on_teacher = recipe.student.kind == "lora" or phase.judge == "frozen"
+        need(
+            recipe.teacher.dtype == "fp32" or not on_teacher or phase.r1.weight == 0 or phase.r1.precision == "engine",
+            "equilibrium.r1.precision fp32 needs a judge of fp32 weights, and this one stands on the teacher's, kept in "
+            "bf16: set it to engine, or teacher.dtype to fp32",
         )
         need(
             phase.head.width % phase.head.num_heads == 0, "equilibrium.head.width must be a multiple of head.num_heads"

@@ -7,6 +7,7 @@ are named adapters on the teacher's frozen base. A phase never knows which it ho
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vpae.backbone import Backbone, Prediction
 from vpae.conditioning import Condition
-from vpae.draws import seed_of
+from vpae.draws import generator_of
 from vpae.errors import UserError
 from vpae.flow import guide, x0_from_velocity
 from vpae.recipe import Lora
@@ -100,15 +102,36 @@ def add_lora(backbone: Backbone, name: str, lora: Lora, seed: int) -> Role:
         if not any(n == target or n.endswith("." + target) for n in known):
             names = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in known}))
             raise UserError(f"LoRA target {target!r} names no linear layer of the transformer; known: {names}")
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights=True)
-    # peft draws from the global generator; fork it so that it is as it was, and seed the fork
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # layers draw from the global generator, in vain
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed_of(seed, "lora", name))
         backbone.transformer.add_adapter(config, adapter_name=name)
     role = Role(name, backbone, name)
+    for parameter in role.parameters():
+        parameter.data = parameter.data.float()  # peft gives an adapter its base's dtype; in bf16 an EMA stands still
+    backbone.adapter_seeds[name] = seed
     backbone.transformer.requires_grad_(False)
+    start_lora(role)
     return role
+
+
+@torch.no_grad()
+def start_lora(role: Role) -> None:
+    """Give an adapter its first weights: A as ``nn.Linear`` draws its own (peft's choice), B zero.
+
+    Each A has a generator of its own name, so that every rank finds its shard of the same whole.
+    """
+    for name, parameter in role.named_parameters():
+        if name.endswith("lora_B.weight"):
+            parameter.zero_()
+            continue
+        whole = torch.empty(parameter.shape)
+        generator = generator_of(role.backbone.adapter_seeds[role.name], "lora", role.name, name)
+        nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        if isinstance(parameter, DTensor):  # every rank has drawn the whole, so nothing need travel
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+        parameter.copy_(whole)
 
 
 def full_copy(role: Role, name: str) -> Role:

@@ -123,7 +123,7 @@ def build(micro_recipe):
         micro_recipe["student"]["kind"] = student
         micro_recipe[phase] = micro_recipe[phase] | changes
         recipe = from_plain(micro_recipe, "test")
-        cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed, ALONE)
+        cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
         method, _ = getattr(distill, f"_{phase}")(recipe, cast, ALONE)
         roles = {"teacher": cast.teacher, "student": cast.student, "ema": cast.ema}
         if phase == "priming":

@@ -152,8 +152,7 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processe
     Raises:
         UserError: a tensor is missing, of another shape, or one too many.
     """
-    reader = HuggingFaceStorageReader(str(checkpoint.folder))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = stored_shapes(checkpoint.folder)
     if everything and (more := sorted(set(stored) - set(tensors))):
         raise UserError(
             f"checkpoint {checkpoint.folder} holds {more[0]!r}, which this run has not: it belongs to another recipe"
@@ -161,16 +160,38 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processe
     for name, tensor in tensors.items():
         if name not in stored:
             raise UserError(f"checkpoint {checkpoint.folder} has no tensor {name!r}: it belongs to another recipe")
-        if tuple(stored[name].size) != tuple(tensor.shape):
+        if stored[name] != tuple(tensor.shape):
             raise UserError(
-                f"checkpoint {checkpoint.folder}: tensor {name!r} is {tuple(stored[name].size)}, this run needs "
+                f"checkpoint {checkpoint.folder}: tensor {name!r} is {stored[name]}, this run needs "
                 f"{tuple(tensor.shape)}: it belongs to another architecture"
             )
-    reader = HuggingFaceStorageReader(str(checkpoint.folder))
+    try:
+        read_tensors(checkpoint.folder, tensors, processes)
+    except CheckpointException as error:
+        raise UserError(f"checkpoint {checkpoint.folder} cannot be read: {_first(error)}") from error
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a folder's safetensors files (their headers alone are read)."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tuple(tensor.size) for name, tensor in found.items()}
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor], processes: Processes) -> None:
+    """Fill ``tensors`` in place from a folder's safetensors files, converting their dtype; of a sharded one, each rank
+    reads its own slice.
+
+    Raises:
+        CheckpointException: a file cannot be read, on any rank.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
     try:
         dcp.load(dict(tensors), storage_reader=reader, no_dist=processes.size == 1)
-    except CheckpointException as error:  # it wraps whatever came, a KeyboardInterrupt too
+    except CheckpointException:  # it wraps whatever came, a KeyboardInterrupt too
         if signals.received():
             raise KeyboardInterrupt from None
-        reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"checkpoint {checkpoint.folder} cannot be read: {reason}") from error
+        raise
+
+
+def _first(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
