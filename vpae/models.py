@@ -17,6 +17,7 @@ from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
 from vpae.recipe import Distill, Engine, Lora, Student, Teacher
+from vpae.released import TRANSFORMERS
 from vpae.roles import Role, add_lora, copy_weights, full_copy
 from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
 
@@ -33,7 +34,11 @@ def find_model(path: str) -> Path:
     shipped = Path(__file__).parent / "assets" / path
     if shipped.is_dir():
         return shipped
-    raise UserError(f"teacher.path {path!r} is no folder, nor the name of a model that ships with vpae (tiny_wan)")
+    if direct.name in TRANSFORMERS:
+        fetch = f"; fetch it with: hf download Wan-AI/{direct.name} --local-dir {path}"
+    else:
+        fetch = ", nor the name of a model that ships with vpae (tiny_wan)"
+    raise UserError(f"teacher.path {path!r} is no folder{fetch}")
 
 
 def weights_fingerprint(pipeline: Path) -> str:

@@ -403,7 +403,7 @@ def _check(recipe: Recipe, where: str) -> None:
         on_teacher = recipe.student.kind == "lora" or phase.judge == "frozen"
         need(
             recipe.teacher.dtype == "fp32" or not on_teacher or phase.r1.weight == 0 or phase.r1.precision == "engine",
-            "equilibrium.r1.precision fp32 needs a judge of fp32 weights, and this one stands on the teacher's, kept in "
+            "equilibrium.r1.precision fp32 needs a judge of fp32 weights, and this one stands on the teacher's, in "
             "bf16: set it to engine, or teacher.dtype to fp32",
         )
         need(

@@ -6,6 +6,7 @@ are named adapters on the teacher's frozen base. A phase never knows which it ho
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
@@ -103,7 +104,10 @@ def add_lora(backbone: Backbone, name: str, lora: Lora, seed: int) -> Role:
             names = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in known}))
             raise UserError(f"LoRA target {target!r} names no linear layer of the transformer; known: {names}")
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # layers draw from the global generator, in vain
+    device = next(backbone.transformer.parameters()).device
+    # on the meta device from the start where the base is: peft would leave a second adapter behind on the CPU
+    where = device if device.type == "meta" else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), where:  # its draws are replaced below
         warnings.simplefilter("ignore")
         backbone.transformer.add_adapter(config, adapter_name=name)
     role = Role(name, backbone, name)
@@ -122,6 +126,8 @@ def start_lora(role: Role) -> None:
     Each A has a generator of its own name, so that every rank finds its shard of the same whole.
     """
     for name, parameter in role.named_parameters():
+        if parameter.is_meta:  # start_lora comes again when there is memory
+            continue
         if name.endswith("lora_B.weight"):
             parameter.zero_()
             continue
