@@ -415,10 +415,52 @@ def test_fresh_removes_an_earlier_run_and_nothing_else(tmp_path):
     from vpae.quickstart import _forget
 
     run, other = tmp_path / "run", tmp_path / "other"
-    for folder in (run / "priming", other):
+    for folder in (run / "priming", run / "student", run / "mine", other / "priming"):
         folder.mkdir(parents=True)
-    for folder in (run, other):
-        (folder / "recipe.yaml").write_text("")
+    for file in (run / "recipe.yaml", run / "results.json", run / "thesis.tex"):
+        file.write_text("")
+    for folder in (run, other, tmp_path / "nowhere"):
         _forget(folder)
-    _forget(tmp_path / "nowhere")
-    assert not run.exists() and other.exists()
+    assert sorted(path.name for path in run.iterdir()) == ["mine", "recipe.yaml", "thesis.tex"]
+    assert (other / "priming").is_dir()
+
+
+def test_fresh_leaves_the_earlier_run_where_the_new_one_cannot_start(vpae, micro_recipe, tmp_path):
+    recipe, folder = write_recipe(micro_recipe, tmp_path / "recipe.yaml"), tmp_path / "run"
+    (folder / "priming" / "checkpoints").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe.read_text())
+    run = ("quickstart", "--recipe", recipe, "--output", folder, "--fresh", "--set")
+    _refused(vpae(*run, "teacher.path=nowhere"), "nowhere")
+    _refused(vpae(*run, "equilibrium.taps=[0,9]"), "equilibrium.taps")
+    assert (folder / "priming" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("priming.fake_lora.targets=[to_querry]", "LoRA target 'to_querry'"),  # all ranks find it
+        ("data.source.path={folder}/gone", "gone"),  # rank 0 finds it
+    ],
+)
+def test_a_mistake_is_one_line_on_two_ranks_too(vpae, micro_recipe, tmp_path, override, words):
+    if "path" in override:
+        micro_recipe["data"]["source"] = {"kind": "videos", "path": "", "size": [32, 32], "num_frames": 5, "fps": 8}
+    recipe = write_recipe(micro_recipe, tmp_path / "recipe.yaml")
+    settings = ("--set", override.format(folder=tmp_path))
+    done = vpae("distill", recipe, "--output", tmp_path / "run", "--ranks", 2, *settings)
+    lines = [line for line in done.stderr.splitlines() if line and "encoding clips" not in line]
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], lines
+
+
+def test_a_rank_that_is_killed_is_told(monkeypatch, capsys):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher import api
+
+    from vpae.engine.launch import launch
+
+    def killed(*arguments):
+        raise ChildFailedError("vpae", {1: ProcessFailure(1, 123, -9, "/nowhere")})
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *a: killed)
+    assert launch(2, ["distill"]) == 1
+    assert "error: rank 1 was ended by SIGKILL" in capsys.readouterr().err

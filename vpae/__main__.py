@@ -199,7 +199,6 @@ def _calm_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -230,7 +229,7 @@ def main() -> None:
     except KeyboardInterrupt:
         finished = False
     except UserError as error:
-        if speaks():
+        if speaks(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         leave(2)
     except BrokenPipeError:
@@ -242,7 +241,9 @@ def main() -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "free some space" if full else "allow it or choose another place"
         again = " with --resume" if arguments.command in ("finetune", "distill") else ""
-        print(f"error: {where}{error.strerror}; {what} and give the command again{again}", file=sys.stderr, flush=True)
+        if speaks(error):
+            said = f"error: {where}{error.strerror}; {what} and give the command again{again}"
+            print(said, file=sys.stderr, flush=True)
         leave(2)
     except RuntimeError as error:
         if not (signals.received() and lost_a_rank(error)):

@@ -13,6 +13,7 @@ from vpae import recipe as recipes
 from vpae.backbone import default_taps
 from vpae.data.cache import Cache, prepare
 from vpae.data.encoders import Encoders, transformer_config
+from vpae.data.sources import open_source
 from vpae.draws import generator_of, seed_of
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes, placed, shard_module
@@ -50,13 +51,13 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     if not isinstance(recipe, Distill):
         raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae finetune")
     processes = placed(processes, recipe.engine.parallel)
-    _preflight(recipe, processes)
+    preflight_distill(recipe, processes)
     open_folder(folder, recipe, resume, processes)
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
     cache = prepare(recipe.data, encoders, processes)
     encoders.keep_vae()
     for phase in PHASES:
-        if getattr(recipe, phase) is None or (resume and _is_finished(recipe, phase, folder)):
+        if getattr(recipe, phase) is None or (resume and _is_finished(recipe, phase, folder, processes)):
             continue
         trainer = None
         gc.collect()  # phase I's networks hold one another in cycles, and must go before phase II's come
@@ -74,7 +75,13 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     return True
 
 
-def _preflight(recipe: Distill, processes: Processes) -> None:
+def preflight_distill(recipe: Distill, processes: Processes) -> None:
+    """Whatever would stop a run before its first turn and can be known without reading a weight or a clip.
+
+    Raises:
+        UserError: there is something.
+    """
+    open_source(recipe.data.source)
     fp32 = ""
     if recipe.equilibrium is not None:
         _taps(recipe.equilibrium.taps, transformer_config(find_model(recipe.teacher.path))["num_layers"])
@@ -84,17 +91,17 @@ def _preflight(recipe: Distill, processes: Processes) -> None:
 
 
 def _taps(chosen: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
-    taps = tuple(chosen or default_taps(num_layers))
-    if max(taps) >= num_layers or min(taps) < 0:
+    taps = default_taps(num_layers) if chosen is None else tuple(chosen)
+    if not taps or max(taps) >= num_layers or min(taps) < 0:
         raise UserError(f"equilibrium.taps {list(taps)} do not fit a transformer of {num_layers} blocks")
     return taps
 
 
-def _is_finished(recipe: Distill, phase: str, folder: Path) -> bool:
+def _is_finished(recipe: Distill, phase: str, folder: Path, processes: Processes) -> bool:
     """Whether a phase that need not be looked at again has taken all its turns (the last one is always built)."""
     if phase == "equilibrium" or recipe.equilibrium is None:
         return False
-    found = checkpoints.find(folder / phase / "checkpoints")
+    found = checkpoints.find_agreed(folder / phase / "checkpoints", processes)
     return found is not None and found.turn >= found.state["turns"]
 
 
@@ -186,7 +193,7 @@ def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, pr
         UserError: phase I is not there or not finished, or is not one to go on from.
     """
     priming = run / "priming"
-    found = checkpoints.find(priming / "checkpoints")
+    found = checkpoints.find_agreed(priming / "checkpoints", processes)
     if found is None:
         raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
     shape = tuple(trainer.run.identity["latent_shape"])

@@ -11,7 +11,7 @@ from typing import Any
 from vpae import recipe as recipes
 from vpae.data.bounce import Clip
 from vpae.data.encoders import Encoders
-from vpae.distill import distill
+from vpae.distill import distill, preflight_distill
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes
 from vpae.engine.tracking import read_log
@@ -51,6 +51,7 @@ def quickstart(recipe: recipes.Recipe, folder: Path, fresh: bool, processes: Pro
     if not isinstance(recipe, Distill):
         raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; the main job distils")
     if fresh:
+        preflight_distill(recipe, processes)
         processes.together(lambda: _forget(folder), main_only=True)
     if not distill(recipe, folder, True, processes):
         return False
@@ -58,10 +59,18 @@ def quickstart(recipe: recipes.Recipe, folder: Path, fresh: bool, processes: Pro
     return True
 
 
+_MADE = (*PHASES, "student", "student.partial", "results.json", "report.html", "comparison.mp4", "comparison.png")
+
+
 def _forget(folder: Path) -> None:
-    """Remove an earlier run; a folder that holds anything else is left alone."""
-    if (folder / RECIPE).is_file() and any((folder / phase).is_dir() for phase in PHASES):
-        shutil.rmtree(folder)
+    """Remove what an earlier run made; whatever else lies in its folder is left alone."""
+    if not (folder / RECIPE).is_file():
+        return
+    for path in (folder / name for name in _MADE):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def seconds_training(folder: Path) -> float:

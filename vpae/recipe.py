@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from vpae.errors import UserError
@@ -397,9 +398,10 @@ def _check(recipe: Recipe, where: str) -> None:
     if recipe.equilibrium is not None:
         phase = recipe.equilibrium
         need(
-            phase.judge_time.high < 1,
+            float(np.float32(phase.judge_time.high)) < 1,
             "equilibrium.judge_time.high must be below 1: at t = 1 the judge sees pure noise and no gradient is left",
         )
+        need(phase.taps is None or len(phase.taps) > 0, "equilibrium.taps names no block; null takes the default ones")
         on_teacher = recipe.student.kind == "lora" or phase.judge == "frozen"
         need(
             recipe.teacher.dtype == "fp32" or not on_teacher or phase.r1.weight == 0 or phase.r1.precision == "engine",

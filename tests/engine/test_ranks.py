@@ -19,6 +19,10 @@ def _distil(vpae, plain, folder, *, ranks=1, resume=False):
     return done
 
 
+def _lines(log, end):
+    return [line for line in log.read_text().splitlines() if json.loads(line)["turn"] < end]
+
+
 def _ema(tensors):
     return {k: v for k, v in tensors.items() if k.startswith("ema.")}
 
@@ -103,8 +107,11 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(vpae, micro_recipe, tmp_path
     newest.rmdir()
     state = json.loads((tmp_path / "two/priming/checkpoints/step-00000008/state.json").read_text())
     assert state["world_size"] == 2 and state["position"] == 32
+    log = tmp_path / "two/priming/log.jsonl"
+    before = _lines(log, 8)
     done = _distil(vpae, short, tmp_path / "two", resume=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert before and _lines(log, 8) == before  # with the seconds of each turn: none of them was taken again
     a, b = _ema(read_tensors(tmp_path / "one/priming")), _ema(read_tensors(tmp_path / "two/priming"))
     gap = torch.cat([(a[k] - b[k]).flatten() for k in a])
     assert float(gap.abs().mean()) < 1e-6

@@ -100,7 +100,7 @@ class World:
                 f"a Bounce world needs size >= 16 and num_frames >= 2, not {self.size} and {self.num_frames}"
             )
         counts = self.ball_counts
-        if not 1 <= len(counts) <= len(COLOURS) or min(counts) < 0 or abs(sum(counts) - 1) > 1e-6:
+        if not 1 <= len(counts) <= len(COLOURS) or min(counts) < 0 or abs(sum(counts) - 1) > 1e-8:
             raise ValueError(
                 f"ball_counts holds the probabilities of 1..{len(COLOURS)} balls and sums to 1, not {counts}"
             )

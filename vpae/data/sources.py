@@ -70,7 +70,10 @@ class BounceSource:
 
     def clip(self, item: int) -> Clip:
         """The clip with its states, of which ``self[item]`` shows the frames and the caption."""
-        return make_clip(self.world, self.split, self.indices[item])
+        try:
+            return make_clip(self.world, self.split, self.indices[item])
+        except ValueError as error:  # a world in which no such clip can be
+            raise UserError(f"data source of kind bounce: {self.split} clip {self.indices[item]}: {error}") from None
 
     def __getitem__(self, item: int) -> Record:
         clip = self.clip(item)

@@ -55,8 +55,7 @@ def save(
             partial.mkdir(parents=True)
         except OSError as error:
             failure = _reason(error)
-    if processes.agree([bool(failure)])[0]:
-        raise _unwritten(final, failure)
+    _all_written(final, failure, processes)
     try:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.size == 1)
@@ -66,26 +65,29 @@ def save(
             _write(
                 partial / _STATE, json.dumps(state | {"turn": turn, "files": files, "tensors": len(tensors)}, indent=1)
             )
-            for file in partial.iterdir():
+            for file in (*partial.iterdir(), partial):
                 _sync(file)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             _sync(root)
     except (OSError, dcp.CheckpointException) as error:
         failure = _reason(error)
-    if processes.agree([bool(failure)])[0]:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritten(final, failure)
+    _all_written(final, failure, processes, partial)
     if processes.is_main:
         _prune(root, keep)
     return final
 
 
-def _unwritten(final: Path, failure: str) -> UserError:
-    return UserError(
-        f"checkpoint {final} could not be written ({failure or 'another rank failed'}); earlier checkpoints are "
-        "untouched: free some space and go on with --resume"
-    )
+def _all_written(final: Path, failure: str, processes: Processes, partial: Path | None = None) -> None:
+    """Raise on every rank what went wrong on any."""
+    failures = [text for text in processes.gather(failure) if text]
+    if failures:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final} could not be written ({failures[0]}); earlier checkpoints are untouched: free some "
+            "space and go on with --resume"
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -121,6 +123,23 @@ def find(root: Path) -> Checkpoint | None:
     """
     folders = sorted(p for p in Path(root).glob(f"{_PREFIX}*") if not p.name.endswith(_PARTIAL))
     return read(folders[-1]) if folders else None
+
+
+def find_agreed(root: Path, processes: Processes) -> Checkpoint | None:
+    """The newest complete checkpoint as rank 0 sees it, on every rank (file systems of several nodes may lag).
+
+    Raises:
+        UserError: as :func:`find`, or a rank does not see that checkpoint.
+    """
+    found = processes.from_main(lambda: find(root))
+    if found is not None:
+        processes.together(lambda: _seen(found.folder))
+    return found
+
+
+def _seen(folder: Path) -> None:
+    if not (folder / _STATE).is_file():
+        raise UserError(f"checkpoint {folder} is not seen by every rank; put the run on a file system that all share")
 
 
 def read(folder: Path) -> Checkpoint:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -35,7 +37,10 @@ def launch(ranks: int, arguments: list[str]) -> int:
 
     # torch 2.11 knows no such setting: there it is 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_PATIENCE))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    if not os.environ.get("OMP_NUM_THREADS"):  # an empty one lets every rank take all cores
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    # the ranks themselves say what went wrong; set here, since importing torch resets the levels of its loggers
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -53,7 +58,16 @@ def launch(ranks: int, arguments: list[str]) -> int:
         except SignalException:
             return 0 if note.exists() else 1
         except ChildFailedError as error:
-            return max(1, error.get_first_failure()[1].exitcode)
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:  # it had no time for words
+                name = signal.Signals(-failure.exitcode).name
+                print(
+                    f"error: rank {rank} was ended by {name} (the system's memory may have run out); what was saved is "
+                    "whole: give the command again to go on, distill and finetune with --resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return max(1, failure.exitcode)
     return 0
 
 

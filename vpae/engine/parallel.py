@@ -26,6 +26,11 @@ from vpae.errors import UserError
 
 T = TypeVar("T")
 
+
+class Echo(UserError):
+    """Another rank's failure, which that rank tells of."""
+
+
 # ranks wait for each other while clips are encoded, a cache is hashed or rank 0 exports: longer than torch expects
 _PATIENCE = timedelta(hours=2)
 
@@ -98,7 +103,8 @@ class Processes:
             what the action returned; None on the other ranks where ``main_only``.
 
         Raises:
-            UserError: it, or an OSError, on the rank it happened to; on the others one that says so.
+            UserError: it, or an OSError, on the first rank it happened to; on the others one that is not told to the
+                user again.
         """
         failure: Exception | None = None
         result = None
@@ -108,7 +114,11 @@ class Processes:
             except (UserError, OSError) as error:
                 failure = error
         if self.agree([failure is not None])[0]:
-            raise failure or UserError(f"rank {self.rank} stops because another rank failed; see its message")
+            first = self.gather(failure is not None).index(True)
+            if first == self.rank:
+                failure.first = True
+                raise failure
+            raise Echo(f"rank {self.rank} stops because rank {first} failed")
         return result
 
     def from_main(self, action: Callable[[], T]) -> T:
@@ -168,9 +178,17 @@ def lost_a_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def speaks() -> bool:
-    """Whether this rank tells the user of a mistake; before the ranks are joined they all find the same, one a node."""
-    return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+def speaks(error: Exception) -> bool:
+    """Whether this rank tells the user of a mistake, so that it is told once.
+
+    It is the one that :meth:`Processes.together` found it on; what ranks find outside of that they all find, and rank 0
+    tells (before they are joined, one a node).
+    """
+    if isinstance(error, Echo):
+        return False
+    if getattr(error, "first", False):
+        return True
+    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def placed(processes: Processes, parallel: str) -> Processes:
@@ -219,10 +237,14 @@ def shard_module(module: nn.Module, processes: Processes) -> None:
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Free the roots that a forward left unsharded, so that in-place changes of the shards are seen by the next one."""
+    """Free what a forward left unsharded, so that in-place changes of the shards are seen by the next one.
+
+    Blocks too: where the first forward of all stopped at a tap, those after it became roots of their own.
+    """
     for module in modules:
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged, or is of another recipe, teacher or cache.
         """
-        found = checkpoints.find(self.checkpoint_root)
+        found = checkpoints.find_agreed(self.checkpoint_root, self.processes)
         if found is None:
             return False
         difference = first_difference(found.state["identity"], self.run.identity)

@@ -77,7 +77,11 @@ class Watch:
                 lambda v: not limits.min_motion_ratio <= v <= limits.max_motion_ratio,
                 "sampled clips do not move as the teacher's (or real ones) do",
             ),
-            ("frame0_likeness", lambda v: v > limits.max_frame0_likeness, "frames are copies of the first"),
+            (
+                "frame0_likeness",
+                lambda v: v > limits.max_frame0_likeness,
+                "the clip stands still after its first frame",
+            ),
             (
                 "channel_drift",
                 lambda v: v > limits.max_channel_drift,
