@@ -67,7 +67,7 @@ def test_full_and_lora_students_become_loras(vpae, micro_recipe, finished, tmp_p
     done = vpae("export", run, "--format", "lora", "--rank", 24)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "blocks.3.ffn.2" in done.stdout and "rank 24: 0." in done.stdout and "passes over" in done.stdout
-    assert (run / "micro-1step-lora-fp32.safetensors").is_file()
+    assert (run / "micro-lora-r24-1step-fp32.safetensors").is_file()
     micro_recipe["student"]["kind"], micro_recipe["equilibrium"] = "lora", None
     recipe = write_recipe(micro_recipe, tmp_path / "lora.yaml")
     assert vpae("distill", recipe, "--output", tmp_path / "lora").returncode == 0

@@ -22,7 +22,7 @@ from vpae.errors import UserError
 from vpae.evaluation import clips_of, sample_clips
 from vpae.export.diffusers import export_student
 from vpae.export.precision import MOTION
-from vpae.export.single import export_lora, export_wan
+from vpae.export.single import DEFAULT_RANK, export_lora, export_wan
 from vpae.files import write_json
 from vpae.finetune import assemble
 from vpae.loading import Model, load_model
@@ -179,7 +179,7 @@ def export(arguments: argparse.Namespace) -> bool:
     if rank is not None and kind != "lora":
         raise UserError(f"--rank {rank} is for --format lora; --format {kind} holds whole weights")
     model = load_model(arguments.run, arguments.role, arguments.phase)
-    target = arguments.output or arguments.run / _export_name(model, kind, dtype)
+    target = arguments.output or arguments.run / _export_name(model, kind, dtype, rank)
     truncation, ignored = None, []
     if kind == "diffusers":
         proof = export_student(model, target, dtype=dtype)
@@ -207,9 +207,11 @@ def export(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def _export_name(model: Model, kind: str, dtype: str) -> str:
+def _export_name(model: Model, kind: str, dtype: str, rank: int | None) -> str:
     """Where an export goes in its run's folder: a name that still says what it is among others' files."""
     if kind == "diffusers":
         return "student" if dtype == "fp32" else f"student-{dtype}"
-    name = "student" if model.recipe is None else model.recipe.name
-    return f"{name}-1step{'-lora' if kind == 'lora' else ''}-{dtype}.safetensors"
+    name, student = getattr(model.recipe, "name", "student"), getattr(model.recipe, "student", None)
+    if kind == "lora":
+        name += f"-lora-r{student.lora.rank if student and student.kind == 'lora' else rank or DEFAULT_RANK}"
+    return f"{name}-1step-{dtype}.safetensors"

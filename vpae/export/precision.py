@@ -41,8 +41,8 @@ PRECISIONS = {
     "fp16": Precision(torch.float16, torch.float16, torch.float16, 0.01),
     "fp8": Precision(torch.float8_e4m3fn, torch.bfloat16, torch.bfloat16, 0.08),
 }
-# Motion energy over the unrounded student's. The same clips kept it within 0.5 % in sum and 2 % each, in all dtypes; the
-# teacher moved 0.83 times as much as its student.
+# Motion energy over the unrounded student's. The same clips kept it within 0.5 % in sum and 2 % each, in all dtypes;
+# the teacher in one step moves 0.83 times as much as that student.
 MOTION = (0.95, 1.05)
 # Largest difference of latents of unit variance, both sides holding the same stored numbers and computing in fp32:
 # fp32 round-off over all blocks is about 1e-5. Swapping the q and k norms of one block costs 0.45, which fp8's own
