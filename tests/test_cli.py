@@ -51,6 +51,32 @@ def test_export_is_proven_and_samples_with_stock_diffusers(vpae, micro_recipe, f
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_an_unfinished_run_becomes_one_file_in_the_released_layout(vpae, micro_recipe, finished, tmp_path):
+    run = _run(vpae, micro_recipe, finished)
+    chosen = ("--format", "wan", "--dtype", "bf16", "--phase", "priming")
+    done = vpae("export", run, *chosen, "--output", tmp_path / "s.safetensors")
+    assert done.returncode == 0, done.stderr[-2000:]
+    proof = json.loads((tmp_path / "s.proof.json").read_text())
+    assert proof["max_error"] < 1e-4 and "priming" in proof["source"] and proof["header"]["recipe"] == proof["recipe"]
+    assert "diffusers from_single_file" in done.stdout and "bfloat16" in done.stdout
+
+
+@pytest.mark.slow
+def test_full_and_lora_students_become_loras(vpae, micro_recipe, finished, tmp_path):
+    run = _run(vpae, micro_recipe, finished)
+    done = vpae("export", run, "--format", "lora", "--rank", 24)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "blocks.3.ffn.2" in done.stdout and "rank 24: 0." in done.stdout and "passes over" in done.stdout
+    assert (run / "micro-lora-r24-1step-fp32.safetensors").is_file()
+    micro_recipe["student"]["kind"], micro_recipe["equilibrium"] = "lora", None
+    recipe = write_recipe(micro_recipe, tmp_path / "lora.yaml")
+    assert vpae("distill", recipe, "--output", tmp_path / "lora").returncode == 0
+    _refused(vpae("export", tmp_path / "lora", "--format", "lora", "--rank", 2), "--rank 2", "full students")
+    done = vpae("export", tmp_path / "lora", "--format", "lora", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "left out" not in done.stdout and "passes over" not in done.stdout
+
+
 def test_a_broken_export_is_removed(micro_recipe, tmp_path, micro_pipeline, monkeypatch):
     import torch
 

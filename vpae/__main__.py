@@ -109,11 +109,24 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", type=Path, help="write scores.json and a contact sheet here")
 
-    export = commands.add_parser("export", help="a run's student as a proven diffusers folder")
+    export = commands.add_parser("export", help="a run's student as a proven diffusers folder or single file")
     export.add_argument("run", type=Path, help="run folder of vpae distill, finished or not")
     export.add_argument("--role", default="ema", choices=("ema", "student"))
     export.add_argument("--phase", choices=("priming", "equilibrium"), help="default: the last one with a checkpoint")
-    export.add_argument("--output", type=Path, help="default: RUN/student")
+    export.add_argument(
+        "--format",
+        default="diffusers",
+        choices=("diffusers", "wan", "lora"),
+        help="a diffusers folder; one file in the released layout (ComfyUI, LightX2V); a LoRA on the teacher",
+    )
+    export.add_argument("--rank", type=_count, help="of the LoRA of a full student (default: 64)")
+    export.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16", "fp8"),
+        help="of the stored weights; fp8: e4m3 for the blocks' matrices, bf16 for the rest",
+    )
+    export.add_argument("--output", type=Path, help="default: a name in RUN that says what it is")
 
     bounce = commands.add_parser("bounce", help="write clips of the simulated world as mp4 with captions and states")
     bounce.add_argument("--split", default="train", choices=("train", "validation", "test"))

@@ -21,9 +21,11 @@ from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.evaluation import clips_of, sample_clips
 from vpae.export.diffusers import export_student
+from vpae.export.precision import MOTION
+from vpae.export.single import DEFAULT_RANK, export_lora, export_wan
 from vpae.files import write_json
 from vpae.finetune import assemble
-from vpae.loading import load_model
+from vpae.loading import Model, load_model
 from vpae.models import find_model
 from vpae.recipe import Distill, FinetuneVae
 from vpae.runs import environment
@@ -172,10 +174,44 @@ def bounce(arguments: argparse.Namespace) -> bool:
 
 
 def export(arguments: argparse.Namespace) -> bool:
-    """A run's student as a proven diffusers folder."""
+    """A run's student as a proven diffusers folder or single file."""
+    kind, dtype, rank = arguments.format, arguments.dtype, arguments.rank
+    if rank is not None and kind != "lora":
+        raise UserError(f"--rank {rank} is for --format lora; --format {kind} holds whole weights")
     model = load_model(arguments.run, arguments.role, arguments.phase)
-    target = arguments.output or arguments.run / "student"
-    proof = export_student(model, target)
+    target = arguments.output or arguments.run / _export_name(model, kind, dtype, rank)
+    truncation, ignored = None, []
+    if kind == "diffusers":
+        proof = export_student(model, target, dtype=dtype)
+    elif kind == "wan":
+        proof = export_wan(model, target, dtype)
+    else:
+        proof, truncation, ignored = export_lora(model, target, dtype, rank)
     print(f"{target}: {model.source}")
-    print(f"  reloaded and compared: latents differ by at most {proof.max_error:.1e} (rms {proof.rms:.2f})")
+    if truncation is not None:
+        for layer, error in truncation.layers.items():
+            print(f"  {layer:<28} {error:.4f} of its difference to the teacher left out")
+        print(f"  rank {truncation.rank}: {truncation.total:.4f} of all linear layers' difference left out")
+    for reading in proof.readings:
+        print(
+            f"  read by {reading.reader}: latents differ by at most {reading.max_error:.1e} from what was stored, "
+            f"by {100 * reading.distance:.2g} % from the student in {reading.dtype}; motion {reading.motion_ratio:.3f}"
+        )
+    if ignored:
+        print(
+            f"  note: diffusers passes over {len(ignored)} entries (norms, modulation, patches), hence its distance; "
+            "ComfyUI reads them all, and --format wan or diffusers holds them for both"
+        )
+        if not MOTION[0] <= proof.readings[-1].motion_ratio <= MOTION[1]:
+            print("  warning: in diffusers this LoRA does not move as the student does; use it in ComfyUI only")
     return True
+
+
+def _export_name(model: Model, kind: str, dtype: str, rank: int | None) -> str:
+    """Where an export goes in its run's folder: a name that still says what it is among others' files."""
+    if kind == "diffusers":
+        return "student" if dtype == "fp32" else f"student-{dtype}"
+    name, student = getattr(model.recipe, "name", "student"), getattr(model.recipe, "student", None)
+    if kind == "lora":
+        name += f"-lora-r{student.lora.rank if student and student.kind == 'lora' else rank or DEFAULT_RANK}"
+    return f"{name}-1step-{dtype}.safetensors"

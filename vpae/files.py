@@ -58,6 +58,13 @@ def atomic(path: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors makes files that nobody else may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with atomic(path) as draft:

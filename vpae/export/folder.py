@@ -9,10 +9,11 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from vpae.files import writing
+from vpae.files import share, writing
 
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "WanImageToVideoPipeline",
@@ -28,6 +29,18 @@ MODEL_INDEX: dict[str, Any] = {
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
+
+
+def transformer_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> WanTransformer3DModel:
+    """A transformer that holds these very tensors, without ever having drawn weights of its own.
+
+    Raises:
+        RuntimeError: the weights are not exactly the transformer's.
+    """
+    with init_empty_weights(include_buffers=False):  # rotary tables are in no file and must be real
+        transformer = WanTransformer3DModel.from_config(dict(config))
+    transformer.load_state_dict(dict(weights), strict=True, assign=True)
+    return transformer.requires_grad_(False).eval()
 
 
 def write_transformer(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Path) -> None:
@@ -46,3 +59,5 @@ def write_transformer(config: Mapping[str, Any], weights: dict[str, Tensor], fol
     shutil.rmtree(target, ignore_errors=True)
     with writing(target):
         transformer.save_pretrained(target, safe_serialization=True, max_shard_size="15MB" if small else "10GB")
+        for file in target.glob("*.safetensors"):
+            share(file)
