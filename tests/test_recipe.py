@@ -185,6 +185,8 @@ def test_a_recipe_of_no_known_kind(plain, kind):
         ("priming.student_time.high", 1.5, "low <= high <= 1"),
         ("priming.score_time.low", 0.0, "the score is infinite at t = 0"),
         ("equilibrium.judge_time.high", 1.0, "judge_time.high must be below 1"),
+        ("equilibrium.judge_time.high", 0.99999999, "judge_time.high must be below 1"),
+        ("equilibrium.taps", [], "equilibrium.taps names no block"),
         ("equilibrium.head.num_heads", 3, "multiple of head.num_heads"),
         ("equilibrium.head.num_heads", 0, "'equilibrium.head.num_heads' must be at least 1"),
         ("engine.micro_batch", 3, "not a multiple of engine.micro_batch 3"),

@@ -86,11 +86,17 @@ def compare(recipe: Distill, folder: Path, started: float, processes: Processes)
     clips = clips_of(student.world, "test", recipe.evaluate.clips)
     primed = load_model(folder, phase="priming") if recipe.priming and recipe.equilibrium else None
     rows = judge_rows(recipe, student, teacher, primed, encoders, clips, processes)
-    processes.together(lambda: _write(recipe, folder, started, student, clips, rows), main_only=True)
+    processes.together(lambda: _write(recipe, folder, started, student, clips, rows, processes), main_only=True)
 
 
 def _write(
-    recipe: Distill, folder: Path, started: float, student: Model, clips: list[Clip], rows: dict[str, Sampled]
+    recipe: Distill,
+    folder: Path,
+    started: float,
+    student: Model,
+    clips: list[Clip],
+    rows: dict[str, Sampled],
+    processes: Processes,
 ) -> None:
     real = judge_set([c.frames for c in clips], clips)
     summary, variants = summarise(rows), variants_of(rows)
@@ -106,7 +112,9 @@ def _write(
         "real": Sampled([], real, 0.0, 0).plain(),
         "rows": {name: sampled.plain() for name, sampled in rows.items()},
         "proof_max_error": proof.max_error,
-        "environment": environment(),
+        # what the seconds a clip were taken with: the student's own sampler, one process
+        "sampler": {"dtype": "fp32", "attention": "native", "fold_text_padding": recipe.teacher.fold_text_padding},
+        "environment": environment() | {"ranks": processes.size},
     }
     write_json(folder / "results.json", results)
     page = show(recipe, folder, clips, real, variants, results)

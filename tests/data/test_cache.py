@@ -132,3 +132,13 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(data, monkeypatch, cap
     monkeypatch.setattr(module.fcntl, "flock", refuse)
     assert len(prepare(data.data, Encoders(data.teacher.path), start())) == 5
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_left_alone(data):
+    """A mistyped data.cache must not cost anybody their shards."""
+    folder = Path(data.data.cache)
+    folder.mkdir()
+    (folder / "shard-000000.tar").write_text("somebody's")
+    with pytest.raises(UserError, match="holds shard-000000.tar and no cache of ours"):
+        prepare(data.data, Encoders(data.teacher.path), start())
+    assert [file.name for file in folder.iterdir()] == ["shard-000000.tar"]

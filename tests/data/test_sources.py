@@ -292,9 +292,17 @@ def test_exported_pairs_are_the_pairs(tmp_path):
         ({"wall": -1.0}, "wall is at least 0"),
         ({"gravity": "yes"}, "gravity is 'yes'; it has to be a number"),
         ({"ball_counts": [1.5, -0.5]}, "ball_counts holds the probabilities"),
+        ({"ball_counts": [0.3333333, 0.3333333, 0.3333333]}, "sums to 1"),
         ({"size": 64.0}, "size is 64.0; it has to be a whole number"),
     ],
 )
 def test_constants_of_a_world_that_cannot_be_are_named(constant, message):
     with pytest.raises(UserError, match=message):
         open_source({"kind": "bounce", "split": "train", "count": 1, "world": constant})
+
+
+def test_a_world_without_room_is_told_when_its_clips_are_asked_for():
+    world = {"radius": [14.0, 14.0], "ball_counts": [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]}
+    source = open_source({"kind": "bounce", "split": "train", "count": 1, "world": world})
+    with pytest.raises(UserError, match="train clip 0: "):
+        source[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from vpae.runs import first_difference
 _REVISION, _SHARD, _ENCODE_BATCH = 1, 256, 8
 _STAMP, _MANIFEST, _NULL_TEXT = "building.json", "manifest.json", "null_text.safetensors"
 _FIELDS = ("x0", "latent", "text", "image")
+_OURS = re.compile(r"lock|building\.json|null_text\.safetensors|shard-\d{5}\.(safetensors|partial)")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,11 @@ def _alone(folder: Path, processes: Processes) -> Iterator[None]:
 def _lock_file(folder: Path) -> TextIO | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / "lock").open("w")
+        if not (folder / _MANIFEST).is_file():
+            foreign = sorted(file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name))
+            if foreign:
+                raise UserError(f"{folder} holds {foreign[0]} and no cache of ours; name another data.cache")
+        return (folder / "lock").open("a")
     except OSError as error:
         if (folder / _MANIFEST).is_file():
             return None  # finished and on a read-only disk: there is nothing to guard
@@ -154,7 +160,8 @@ def _stamp(folder: Path, wanted: dict[str, Any]) -> None:
     stamp = folder / _STAMP
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != _json(wanted):
         for stale in folder.glob("shard-*"):
-            stale.unlink()
+            if _OURS.fullmatch(stale.name):
+                stale.unlink()
     write_text(stamp, _json(wanted))
 
 

@@ -40,14 +40,17 @@ def export_student(model: Model, target: Path, measured: str | None = None, dtyp
         raise UserError("a flow-matching run makes a teacher, which its folder pipeline/ holds; export is for students")
     if target.exists() and not (target / "proof.json").is_file():
         raise UserError(f"{target} exists and is not an earlier export; choose another --output")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, before = (target.with_name(target.name + ending) for ending in (".partial", ".before"))
+    for stale in (partial, before):
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         proof = _write(model, partial, measured, dtype)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # moved whole: half of an earlier export would be taken for something else
+            os.replace(target, before)
         os.replace(partial, target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in (partial, before):
+            shutil.rmtree(stale, ignore_errors=True)
     return proof
 
 
