@@ -8,8 +8,10 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from vpae import __version__
 from vpae.errors import UserError
@@ -216,6 +218,8 @@ def _calm_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+# seconds: the launcher ends all ranks as soon as one has left, so the silent ones let the one that speaks go first
+_HUSH = 3.0
 # what a file system says when it will not: the user's to mend
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -237,14 +241,21 @@ def main() -> None:
     # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
     signals.interrupt_on_signals()
     saved = "everything is saved"
+
+    def tell(error: Exception, words: str) -> NoReturn:
+        signals.ignore()
+        if speaks(error):
+            print(f"error: {words}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_HUSH)
+        leave(2)
+
     try:
         finished = _dispatch(arguments)
     except KeyboardInterrupt:
         finished = False
     except UserError as error:
-        if speaks(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        leave(2)
+        tell(error, str(error))
     except BrokenPipeError:
         leave(1)
     except OSError as error:
@@ -254,10 +265,7 @@ def main() -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "free some space" if full else "allow it or choose another place"
         again = " with --resume" if arguments.command in ("finetune", "distill") else ""
-        if speaks(error):
-            said = f"error: {where}{error.strerror}; {what} and give the command again{again}"
-            print(said, file=sys.stderr, flush=True)
-        leave(2)
+        tell(error, f"{where}{error.strerror}; {what} and give the command again{again}")
     except RuntimeError as error:
         if not (signals.received() and lost_a_rank(error)):
             raise
