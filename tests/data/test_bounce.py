@@ -250,6 +250,6 @@ def test_a_wall_that_ends_inside_a_pixel_covers_its_part_of_it():
 
 def test_a_recipe_may_not_turn_gravity_upside_down():
     """The captions say that it pulls down; only the counterfactual clips flip it."""
-    with pytest.raises(ValueError, match="gravity is -0.25; it has to be px/frame"):
+    with pytest.raises(ValueError, match="gravity is -0.25; it has to be a number of px/frame"):
         World.from_dict({"gravity": -0.25})
     assert World.from_dict({"gravity": 0}).gravity == 0

@@ -68,6 +68,8 @@ def launch(ranks: int, arguments: list[str]) -> int:
                     flush=True,
                 )
             return max(1, failure.exitcode)
+        finally:
+            del os.environ[SAVED_NOTE]  # its folder goes now
     return 0
 
 
