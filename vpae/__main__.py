@@ -66,9 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     finetune = commands.add_parser("finetune", help="train a VAE or a teacher (flow matching)")
     _run_options(finetune)
 
-    cache = commands.add_parser("cache", help="encode a recipe's clips once")
+    cache = commands.add_parser("cache", help="encode a recipe's clips once, or check a finished cache of them")
     cache.add_argument("recipe", type=Path)
     _override_option(cache)
+    _ranks_option(cache, "one; torchrun starts them too, and on several machines")
+    cache.add_argument(
+        "--check", action="store_true", help="verify a finished cache; contact sheet and statistics into its folder"
+    )
 
     distill = commands.add_parser("distill", help="phase I, hand-over, phase II: teacher to one-step student")
     _run_options(distill)
@@ -154,7 +158,11 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
         return _train(arguments)
     if arguments.command == "cache":
         from vpae.commands import cache
+        from vpae.engine.launch import launch
+        from vpae.engine.parallel import leave
 
+        if "RANK" not in os.environ and (arguments.ranks or 1) > 1:
+            leave(launch(arguments.ranks, sys.argv[1:]))
         return cache(arguments, start())
     if arguments.command != "evaluate" and int(os.environ.get("RANK", "0")) > 0:
         return True  # these need one process

@@ -7,14 +7,17 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpae import recipe as recipes
 from vpae.data.bounce import World
+from vpae.data.cache import find as find_cache
 from vpae.data.cache import prepare
+from vpae.data.check import check, told
 from vpae.data.encoders import Encoders
 from vpae.data.look import contact_sheet
+from vpae.data.pictures import open_picture
 from vpae.data.publish import export_bounce, export_pairs
+from vpae.data.shards import REPORT
 from vpae.data.videos import fit, write_video
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import Processes
@@ -33,7 +36,7 @@ from vpae.sampling import sample_latents
 
 
 def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
-    """Encode a recipe's clips."""
+    """Encode a recipe's clips, or look at a finished cache of them."""
     recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
     if isinstance(recipe, FinetuneVae):
         raise UserError(f"{arguments.recipe} trains a VAE on pixels: there is nothing to encode")
@@ -44,9 +47,18 @@ def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
         # the VAE may have been trained anew
         processes.together(lambda: shutil.rmtree(beside / "pipeline", ignore_errors=True), main_only=True)
         pipeline = assemble(recipe, beside, processes)
-    made = prepare(recipe.data, Encoders(pipeline, processes.device), processes)
+    encoders = Encoders(pipeline, processes.device, vae_only=arguments.check)
+    if arguments.check:
+        found = find_cache(recipe.data, encoders, processes)
+        statistics = check(found, encoders, processes)
+        if processes.is_main:
+            print(told(statistics, found.folder))
+        return True
+    made = prepare(recipe.data, encoders, processes)
     if processes.is_main:
-        print(f"cache {made.folder}: {len(made)} clips, latents {list(made.latent_shape)}, digest {made.fingerprint}")
+        left = made.manifest["clips"]["left_out"]
+        clips = f"{len(made)} clips" + (f" ({left} left out, see {REPORT} in it)" if left else "")
+        print(f"cache {made.folder}: {clips}, latents {list(made.latent_shape)}, digest {made.fingerprint}")
     return True
 
 
@@ -56,20 +68,15 @@ def read_picture(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     Raises:
         UserError: no such file, not a picture, or (without a size) edges that are no multiples of 16.
     """
-    try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # phones note the turn beside the pixels
-    except FileNotFoundError:
-        raise UserError(f"no picture at {path}") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    picture = open_picture(path)
     if size is None:
-        size = (picture.height, picture.width)
+        size = picture.shape[:2]
     height, width = size
     if height % 16 or width % 16 or min(size) < 16:
         raise UserError(
             f"{path}: a first frame of {height}x{width} does not fit; edges must be multiples of 16 (--size)"
         )
-    return fit(np.asarray(picture), size)
+    return fit(picture, size)
 
 
 def sample(arguments: argparse.Namespace) -> bool:

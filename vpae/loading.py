@@ -60,7 +60,7 @@ class Model:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(num_frames, height, width)`` of the clips it was trained on."""
-        if self._source.get("kind") == "videos":
+        if self._source.get("kind") in ("videos", "generate"):
             return (self._source["num_frames"], *self._source["size"])
         return self.world.num_frames, self.world.size, self.world.size
 

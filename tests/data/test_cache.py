@@ -45,19 +45,19 @@ def test_a_batch_is_what_the_encoders_say_of_the_clips(data):
 
 
 def test_building_again_takes_up_finished_shards(data, monkeypatch):
-    from vpae.data import cache as module
+    from vpae.data import cache, shards
 
-    monkeypatch.setattr(module, "_SHARD", 2)
+    monkeypatch.setattr(cache, "clips_per_shard", lambda *_: 2)
     encoders = Encoders(data.teacher.path)
-    encode, calls = module._encode, []
+    encode, calls = shards._encode_shard, []
 
-    def dies(source, indices, *rest):
-        calls.append(indices.start)
+    def dies(job, positions, *rest):
+        calls.append(positions.start)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return encode(source, indices, *rest)
+        return encode(job, positions, *rest)
 
-    monkeypatch.setattr(module, "_encode", dies)
+    monkeypatch.setattr(shards, "_encode_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         prepare(data.data, encoders, start())
     cache = prepare(data.data, encoders, start())
@@ -84,6 +84,8 @@ def test_nan_and_missing_captions_are_named(data, monkeypatch):
     from vpae.data import cache as module
 
     class Bad:
+        bad, folder, shape = "error", None, (5, 32, 32)
+
         def __init__(self, record):
             self.record = record
 
@@ -142,3 +144,75 @@ def test_a_folder_of_something_else_is_left_alone(data):
     with pytest.raises(UserError, match="holds shard-000000.tar and no cache of ours"):
         prepare(data.data, Encoders(data.teacher.path), start())
     assert [file.name for file in folder.iterdir()] == ["shard-000000.tar"]
+
+
+def test_every_file_of_a_cache_is_checked(data):
+    encoders = Encoders(data.teacher.path)
+    cache = prepare(data.data, encoders, start())
+    names = ["shard-00000.safetensors", "null_text.safetensors", "probe.safetensors", "clips.jsonl"]
+    for name in names:
+        file = cache.folder / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(UserError, match=f"{name} is missing or damaged"):
+            prepare(data.data, encoders, start())
+        file.unlink()
+        with pytest.raises(UserError, match=f"{name} is missing or damaged"):
+            prepare(data.data, encoders, start())
+        file.write_bytes(whole)
+    assert prepare(data.data, encoders, start()).fingerprint == cache.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": [{"file": "../../secret", "clips": 5, "bytes": 1, "sha256": ""}]},
+        {"shards": None},
+        {"count": 6},
+        {"captions": []},
+        {"fingerprint": []},
+    ],
+)
+def test_a_manifest_that_was_tampered_with_is_damaged(data, change):
+    encoders = Encoders(data.teacher.path)
+    cache = prepare(data.data, encoders, start())
+    (cache.folder / "manifest.json").write_text(json.dumps(cache.manifest | change))
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        prepare(data.data, encoders, start())
+
+
+def test_libraries_that_compute_something_else_are_found_by_their_numbers(data, monkeypatch):
+    encoders = Encoders(data.teacher.path)
+    cache = prepare(data.data, encoders, start())
+    probe = encoders.probe
+    monkeypatch.setattr(encoders, "probe", lambda: {k: v * 1.001 for k, v in probe().items()})
+    assert len(prepare(data.data, encoders, start())) == 5
+    made = json.loads((cache.folder / "manifest.json").read_text())
+    made["made_with"][-1]["diffusers"] = "0.1"
+    (cache.folder / "manifest.json").write_text(json.dumps(made))
+    assert len(prepare(data.data, encoders, start())) == 5, "a version by itself refuses nothing"
+    for name in ("latent", "image", "text"):
+        monkeypatch.setattr(encoders, "probe", lambda name=name: probe() | {name: probe()[name].roll(1, -1)})
+        with pytest.raises(UserError, match=rf"give another {name} .*diffusers 0\.1 then"):
+            prepare(data.data, encoders, start())
+
+
+def test_reading_keeps_few_files_open_and_every_sample_in_its_place(data, monkeypatch):
+    from vpae.data import cache as module
+
+    encoders = Encoders(data.teacher.path)
+    whole = prepare(data.data, encoders, start())
+    monkeypatch.setattr(module, "clips_per_shard", lambda *_: 2)
+    monkeypatch.setattr(module, "_OPEN_SHARDS", 1)
+    data.data.source["count"] = 5
+    object.__setattr__(data.data, "cache", data.data.cache + "-2")
+    parts = prepare(data.data, encoders, start())
+    assert len(parts.manifest["shards"]) == 3
+    for i in (4, 0, 3, 1, 2):
+        # sixteen-digit agreement is not asked of other batch sizes
+        assert torch.allclose(parts.read(i, "x0"), whole.read(i, "x0"), atol=1e-5)
+        assert parts.caption(i) == whole.caption(i) and parts.name(i) == whole.name(i)
+        assert len(parts._open) == 1
+    for index in (5, -1):
+        with pytest.raises(IndexError):
+            parts.read(index, "x0")

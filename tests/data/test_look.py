@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpae.data.look import _font, _spread, _wrap, contact_sheet, side_by_side
+from vpae.data.look import _font, _spread, contact_sheet, side_by_side, wrap
 from vpae.data.videos import read_video, write_video
 from vpae.errors import UserError
 
@@ -27,7 +27,7 @@ def test_spread_takes_first_and_last_and_none_twice():
 def test_wrap_fits_and_loses_nothing():
     text = "a ball passes-through_another one incomprehensibilities"
     for width in (40, 90, 200):
-        lines = _wrap(text, _font(), width).split("\n")
+        lines = wrap(text, _font(), width).split("\n")
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
         assert all(_font().getlength(line) <= width for line in lines)
 

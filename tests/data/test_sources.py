@@ -149,8 +149,11 @@ def test_no_captions_at_all(folder, tmp_path):
     (folder / "captions.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="UTF-8"):
         open_folder(folder)
-    for missing in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="cannot be read"):
+    for missing, words in (
+        (tmp_path, r"one\.mp4: has no caption.*\(and 1 more\)"),
+        (tmp_path / "no", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=words):
             open_folder(missing)
 
 

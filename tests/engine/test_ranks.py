@@ -122,21 +122,26 @@ def test_one_bad_sample_stops_all_ranks(vpae, micro_recipe, tmp_path):
     from vpae import recipe as recipes
     from vpae.data.cache import prepare
     from vpae.data.encoders import Encoders
+    from vpae.data.shards import sign
     from vpae.engine.parallel import start
 
     micro_recipe["data"]["cache"] = str(tmp_path / "poisoned")
     recipe = recipes.from_plain(micro_recipe, "test")
     cache = prepare(recipe.data, Encoders(recipe.teacher.path), start())
     shard = tmp_path / "poisoned" / cache.manifest["shards"][0]["file"]
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    with safe_open(shard, framework="pt") as handle:
+        metadata = handle.metadata()
     tensors = load_file(shard)
-    tensors["x0"][3] = float("nan")
-    save_file(tensors, shard, metadata={"captions": json.dumps(cache.manifest["captions"])})
+    tensors["x0"][0] = float("nan")
+    save_file(tensors, shard, metadata=metadata)
     manifest = json.loads((tmp_path / "poisoned" / "manifest.json").read_text())
     from vpae.files import sha256
 
     manifest["shards"][0] |= {"sha256": sha256(shard), "bytes": shard.stat().st_size}
+    manifest["digest"] = sign(manifest)
     (tmp_path / "poisoned" / "manifest.json").write_text(json.dumps(manifest))
     done = _distil(vpae, micro_recipe, tmp_path / "run", ranks=2)
     assert done.returncode != 0 and "not finite on at least one rank" in done.stderr

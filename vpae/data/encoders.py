@@ -39,8 +39,8 @@ def quiet():
         yield
 
 
-def load_pipeline(folder: str | Path, *, transformer: bool) -> WanImageToVideoPipeline:
-    """Load a diffusers folder, from safetensors only and without the network.
+def load_pipeline(folder: str | Path, *, transformer: bool, without: Sequence[str] = ()) -> WanImageToVideoPipeline:
+    """Load a diffusers folder, from safetensors only and without the network; parts ``without`` stay on the disk.
 
     Raises:
         UserError: no such folder, or a part is missing, damaged or of another class.
@@ -51,7 +51,7 @@ def load_pipeline(folder: str | Path, *, transformer: bool) -> WanImageToVideoPi
     for part in PARTS + (("transformer",) if transformer else ()):
         if not (folder / part).is_dir():
             raise UserError(f"{folder} is not a whole Wan image-to-video pipeline: its folder {part}/ is missing")
-    options = {} if transformer else {"transformer": None}
+    options = dict.fromkeys(without) if transformer else dict.fromkeys(without) | {"transformer": None}
     try:
         with quiet():
             pipeline = WanImageToVideoPipeline.from_pretrained(
@@ -111,14 +111,17 @@ class Encoders:
     Args:
         folder: a diffusers pipeline folder.
         device: where they run.
+        vae_only: leave umT5 and CLIP on the disk; latents can be made and decoded, nothing else.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu", *, vae_only: bool = False) -> None:
         self.folder = Path(folder)
-        self.pipeline = load_pipeline(folder, transformer=False).to(device)
+        without = ("text_encoder", "image_encoder") if vae_only else ()
+        self.pipeline = load_pipeline(folder, transformer=False, without=without).to(device)
         self.device = torch.device(device)
         for part in (self.vae, self.pipeline.text_encoder, self.pipeline.image_encoder):
-            part.requires_grad_(False)
+            if part is not None:
+                part.requires_grad_(False)
 
     @property
     def vae(self):
@@ -184,14 +187,31 @@ class Encoders:
         frames = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return list(frames.permute(0, 2, 3, 4, 1).cpu().numpy())
 
-    def fingerprint(self) -> str:
-        """Hash over the weights and configs that decide what the encoders say."""
-        digest = hashlib.sha256()
+    def fingerprint(self) -> dict[str, str]:
+        """For each part a hash over the weights and configs that decide what it says."""
+        hashes = {}
         for part in PARTS:
             if part == "scheduler":
                 continue
+            digest = hashlib.sha256()
             for file in sorted((self.folder / part).rglob("*")):
                 if file.suffix in (".json", ".safetensors", ".model"):
                     digest.update(str(file.relative_to(self.folder)).encode())
                     feed(digest, file)
-        return digest.hexdigest()[:16]
+            hashes[part] = digest.hexdigest()[:16]
+        return hashes
+
+    def probe(self) -> dict[str, Tensor]:
+        """What the encoders say of a fixed small clip and prompt, fp32 on the CPU.
+
+        The numbers tell whether the libraries still compute what they computed when a cache was built, which neither
+        the weights' hashes nor the libraries' versions do.
+        """
+        ramp = torch.arange(5 * 64 * 64 * 3, dtype=torch.int64)
+        clip = (ramp * ramp // 97 % 256).to(torch.uint8).reshape(5, 64, 64, 3).numpy()
+        said = {
+            "latent": self.latents([clip]),
+            "image": self.images([clip[0]]),
+            "text": self.texts(["A red ball & a <b>cyclist</b>, 2 km away."]),
+        }
+        return {name: tensor.float().cpu().contiguous() for name, tensor in said.items()}

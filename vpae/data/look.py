@@ -21,7 +21,7 @@ def _font(size: int = _TEXT) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Break after blanks, hyphens and underscores, and inside a word only where it is wider than the line."""
     lines = [""]
     for word in re.findall(r"[^\s_-]*[\s_-]?", text):
@@ -67,7 +67,7 @@ def _strip(label: str, frames: np.ndarray, columns: int, scale: float) -> Image.
     """One row: the label, then frames with their numbers below."""
     tiles = [(i, enlarge(frames[i], scale)) for i in _spread(len(frames), columns)]
     font, small = _font(), _font(11)
-    text = _wrap(label, font, _LABEL_WIDTH - 2 * _GAP)
+    text = wrap(label, font, _LABEL_WIDTH - 2 * _GAP)
     width, height = tiles[0][1].size
     size = (_LABEL_WIDTH + len(tiles) * (width + _GAP), max(height + 14, _text_height(text, font)) + _GAP)
     row = Image.new("RGB", size, PAPER)
@@ -133,7 +133,7 @@ def side_by_side(clips: Sequence[tuple[str, np.ndarray]], *, scale: float = 1) -
     frames = clips[0][1]
     width, height = enlarge(frames[0], scale).size
     font = _font()
-    texts = [_wrap(label, font, width) for label, _ in clips]
+    texts = [wrap(label, font, width) for label, _ in clips]
     head = max(_text_height(text, font) for text in texts) + _GAP
     total = (len(clips) * (width + _GAP) + _GAP, head + height + 2 * _GAP)
     canvas = Image.new("RGB", (total[0] + total[0] % 2, total[1] + total[1] % 2), PAPER)

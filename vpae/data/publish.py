@@ -1,4 +1,4 @@
-"""Bounce given to others: as a folder of video files, or as a Hugging Face dataset."""
+"""Clips given to others: Bounce as a folder of video files or as a Hugging Face dataset, and a cache as one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pymunk
 from vpae.data import bounce
 from vpae.data.bounce import Clip, World, make_clip
 from vpae.data.counterfactual import make_pair
+from vpae.data.shards import FIELDS, MANIFEST
 from vpae.data.sources import CAPTIONS, BounceSource
 from vpae.data.videos import write_video
 from vpae.errors import UserError
@@ -139,3 +140,46 @@ def bounce_dataset(
         split=datasets.NamedSplit(split),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:32],
     ).with_format("numpy", dtype=None)  # None: keep the dtype, where the format would make int64 of uint8
+
+
+def cache_dataset(folder: str | Path) -> datasets.Dataset:
+    """A finished cache of ``vpae cache`` as a Hugging Face dataset, read from its shards where it lies.
+
+    Nothing is copied: the dataset itself holds names, captions and places, and the tensors come from the shards when
+    rows are asked for. Checksums are not compared; ``vpae cache RECIPE --check`` does that.
+
+    Returns:
+        A dataset with ``name``, ``caption``, and as fp32 tensors ``x0`` and ``latent`` ``[16, T, h, w]``, ``image``
+        ``[N, D]`` (CLIP tokens), ``text`` ``[L, D]`` (umT5 tokens, without padding).
+
+    Raises:
+        UserError: there is no finished cache.
+    """
+    import datasets
+
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        places = [(Path(s["file"]).name, row) for s in manifest["shards"] for row in range(s["clips"])]
+        columns = {
+            "name": manifest["names"],
+            "caption": manifest["captions"],
+            "file": [file for file, _ in places],
+            "row": [row for _, row in places],
+        }
+        rows = datasets.Dataset.from_dict(columns)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no finished cache ({error}); build it with: vpae cache RECIPE") from error
+
+    def with_tensors(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        from safetensors import safe_open  # here: datasets pickles this function, and cannot pickle that class
+
+        read: dict[str, list[Any]] = {name: [] for name in FIELDS}
+        for file, row in zip(batch["file"], batch["row"], strict=True):
+            with safe_open(folder / file, framework="pt") as shard:
+                for name in FIELDS:
+                    read[name].append(shard.get_slice(name)[row])
+        read["text"] = [text[text.abs().sum(-1) > 0] for text in read["text"]]
+        return {"name": batch["name"], "caption": batch["caption"], **read}
+
+    return rows.with_transform(with_tensors)

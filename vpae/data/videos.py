@@ -1,17 +1,19 @@
 """Video files in and out, with PyAV alone.
 
 Reading is one pass that keeps only the frames asked for. A file is read whole or not at all: whatever
-was cut off or damaged is an error that names the file, never a quietly shorter clip.
+was cut off or damaged is an error that names the file, never a quietly shorter clip. A file may also lie in memory
+(:class:`VideoBytes`), as it does inside a table of clips.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
@@ -24,6 +26,8 @@ from vpae.files import atomic
 # no GIF, whose missing end nobody can tell.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 SHORT = ("error", "repeat_last")
+OTHER_FPS = ("nearest", "error")
+OTHER_SIZE = ("crop", "error")
 _BT709, _LIMITED, _BITEXACT = 1, 1, 0x400  # numbers of the H.264 tables and of libavformat's flag
 
 
@@ -38,12 +42,38 @@ class VideoInfo:
     duration: float
 
 
+@dataclass(frozen=True)
+class VideoBytes:
+    """The bytes of a video file that lies in no folder, under the name by which errors call it."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Readable = Path | VideoBytes  # what the functions below take for a file, beside a path as text
+
+
+def _file(path: str | Readable) -> Readable:
+    return Path(path) if isinstance(path, str) else path
+
+
+def _size(path: Readable) -> int:
+    return len(path.data) if isinstance(path, VideoBytes) else path.stat().st_size
+
+
+def _stream(path: Readable) -> BinaryIO:
+    return io.BytesIO(path.data) if isinstance(path, VideoBytes) else path.open("rb")
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _opened(path: Readable) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        if path.stat().st_size == 0:
+        if _size(path) == 0:
             raise UserError(f"{path}: the file is empty (0 bytes); fetch or write it again")
-        file = path.open("rb")  # a file object: a name with a colon in it would be taken for a protocol
+        file = _stream(path)  # a file object: a name with a colon in it would be taken for a protocol
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror}); check the name") from error
     with file:
@@ -71,18 +101,18 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
                 raise _damaged(path, error.strerror) from error
 
 
-def _damaged(path: Path, how: str) -> UserError:
+def _damaged(path: Readable, how: str) -> UserError:
     return UserError(f"{path}: cut off or damaged ({how}); fetch or encode it again")
 
 
-def _check_index(path: Path, stream: av.VideoStream) -> None:
+def _check_index(path: Readable, stream: av.VideoStream) -> None:
     """A cut mp4 whose index stands in front still promises frames that lie beyond the file's end."""
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-    if end > path.stat().st_size:
-        raise _damaged(path, f"its index reaches to byte {end}, the file ends at {path.stat().st_size}")
+    if end > _size(path):
+        raise _damaged(path, f"its index reaches to byte {end}, the file ends at {_size(path)}")
 
 
-def _packets(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+def _packets(path: Readable, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
     """The packets of ``stream``; at the end, the containers without a full index are held to their stated length."""
     _check_index(path, stream)
     first, last = None, Fraction(0)
@@ -100,7 +130,7 @@ def _packets(path: Path, container: av.container.InputContainer, stream: av.Vide
         raise _damaged(path, f"it says {float(stated):.2f} s and ends after {float(last):.2f} s")
 
 
-def _rate(path: Path, stream: av.VideoStream) -> Fraction:
+def _rate(path: Readable, stream: av.VideoStream) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise UserError(f"{path}: states no frame rate; encode it again with one")
@@ -108,7 +138,7 @@ def _rate(path: Path, stream: av.VideoStream) -> Fraction:
 
 
 def _timed_frames(
-    path: Path, container: av.container.InputContainer, stream: av.VideoStream
+    path: Readable, container: av.container.InputContainer, stream: av.VideoStream
 ) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """Decode frame by frame, with the seconds since the first frame."""
     start = None
@@ -166,13 +196,13 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(picture, frame.rotation // 90)) if frame.rotation else picture
 
 
-def probe_video(path: str | Path) -> VideoInfo:
+def probe_video(path: str | Readable) -> VideoInfo:
     """Count a file's frames and read its rate and size, decoding the first frame only.
 
     Raises:
         UserError: the file is missing, empty, cut off, or no video.
     """
-    path = Path(path)
+    path = _file(path)
     with _opened(path) as (container, stream):
         rate, first, count, times = _rate(path, stream), None, 0, []
         for packet in _packets(path, container, stream):
@@ -189,7 +219,7 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def read_video(
-    path: str | Path,
+    path: str | Readable,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
@@ -201,12 +231,14 @@ def read_video(
 
 
 def read_video_noted(
-    path: str | Path,
+    path: str | Readable,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
     size: tuple[int, int] | None = None,
     short: Literal["error", "repeat_last"] = "error",
+    other_fps: Literal["nearest", "error"] = "nearest",
+    other_size: Literal["crop", "error"] = "crop",
 ) -> tuple[np.ndarray, str]:
     """Read a clip and say what was done to make it fit.
 
@@ -216,21 +248,33 @@ def read_video_noted(
             unless given.
         size: height and width wanted, px: scaled to fill, cropped about the centre.
         short: for a clip of fewer than ``num_frames`` frames at ``fps``: an error, or repeat its last frame.
+        other_fps: for a clip of another rate than ``fps``: read it as said there, or an error.
+        other_size: for a clip of another displayed size than ``size``: fit it as said there, or an error.
 
     Returns:
         frames uint8 ``[F, H, W, 3]``, and a line of what was changed, empty where nothing was.
 
     Raises:
-        UserError: the file is missing, empty, no video, cut off, damaged, or too short.
+        UserError: the file is missing, empty, no video, cut off, damaged, too short, or of a rate or size that the
+            arguments do not allow.
     """
-    path = Path(path)
-    if short not in SHORT:
-        raise ValueError(f"short is one of {', '.join(SHORT)}, not {short!r}")
+    path = _file(path)
+    for name, known, value in (
+        ("short", SHORT, short),
+        ("other_fps", OTHER_FPS, other_fps),
+        ("other_size", OTHER_SIZE, other_size),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
     kept: list[np.ndarray] = []
     notes: list[str] = []
     with _opened(path) as (container, stream):
         rate = _rate(path, stream)
         target = None if fps is None else Fraction(fps).limit_denominator(100_000)
+        if other_fps == "error" and target not in (None, rate):
+            raise UserError(
+                f"{path}: {float(rate):g} fps, {float(target):g} wanted; encode it so, or say other_fps: nearest"
+            )
         aspect = float(stream.sample_aspect_ratio or 1)
         latest = stored = None
         for frame in _resampled(_timed_frames(path, container, stream), target, 1 / rate):
@@ -243,6 +287,10 @@ def read_video_noted(
             latest, picture = frame, _to_rgb(frame)
             stored = picture.shape[:2]
             ratio = 1 / aspect if frame.rotation % 180 else aspect
+            if other_size == "error" and size is not None and (stored != tuple(size) or ratio != 1):
+                raise UserError(
+                    f"{path}: {stored[1]}x{stored[0]}, {size[1]}x{size[0]} wanted; scale it, or say other_size: crop"
+                )
             kept.append(picture if size is None else fit(picture, size, pixel_aspect=ratio))
     if not kept:
         raise _damaged(path, "no frame decodes")

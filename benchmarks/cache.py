@@ -1,0 +1,148 @@
+"""kill -9 at random moments of `vpae cache`: is the cache that of an undisturbed build?
+
+    python benchmarks/cache.py FOLDER --size 480 832 --frames 81 --fps 16 --ranks 2 --kills 5
+
+FOLDER holds videos with captions (anything that ``data.source: {kind: videos}`` takes). They are encoded with the tiny
+teacher's encoders, once undisturbed and once killed, all ranks at once as when a machine dies, at moments uniform over
+the time that the undisturbed build took from its start, imports and loading included, until all kills have hit; a
+build that comes to its end before its kill is compared and another is begun. Short clips repeat their last frame and
+bad ones are left out. Writes benchmarks/results/cache_kills.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import write_result
+
+from vpae.files import sha256
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+
+
+def start(command: list[str], count: int) -> list[subprocess.Popen]:
+    """The command on ``count`` ranks of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group["OMP_NUM_THREADS"] = max(1, len(os.sched_getaffinity(0)) // count)
+    ranks = [group | {"RANK": r, "LOCAL_RANK": r} for r in range(count)]
+    return [subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in rank.items()}) for rank in ranks]
+
+
+def kill(ranks: list[subprocess.Popen]) -> None:
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.wait()
+
+
+def ended(ranks: list[subprocess.Popen], seconds: float) -> bool:
+    """Whether all ranks came to their end within ``seconds``; leaves the benchmark where one failed."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
+        if any(rank.returncode for rank in ranks):
+            break
+        time.sleep(0.05)
+    if any(rank.returncode for rank in ranks):
+        kill(ranks)
+        sys.exit(f"a build failed with status {[rank.returncode for rank in ranks]}")
+    return all(rank.returncode == 0 for rank in ranks)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What two builds must agree in: the digest, and every file of the finished cache byte for byte."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = sorted(p for p in folder.iterdir() if p.name != "lock")
+    return {"digest": manifest["digest"], "clips": manifest["clips"], "files": {p.name: sha256(p) for p in files}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path)
+    parser.add_argument("--size", type=int, nargs=2, default=(480, 832), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--fps", type=float, default=16)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", default="cache_kills", help="name of the file in benchmarks/results")
+    arguments = parser.parse_args()
+    root = Path("outputs/cache_kills")
+    shutil.rmtree(root, ignore_errors=True)
+    shape = {"size": list(arguments.size), "num_frames": arguments.frames, "fps": arguments.fps}
+    source = {"kind": "videos", "path": str(arguments.clips), **shape, "short": "repeat_last", "bad": "skip"}
+
+    def build(folder: Path) -> list[subprocess.Popen]:
+        settings = [f"data.source={json.dumps(source)}", f"data.cache={folder}"]
+        command = [sys.executable, "-m", "vpae", "cache", str(RECIPE), "--set", *settings]
+        return start(command, arguments.ranks)
+
+    def killed(folder: Path, after: float) -> dict[str, Any] | None:
+        """Build or go on, kill after so many seconds; None where the build was done before."""
+        ranks = build(folder)
+        if ended(ranks, after):
+            return None
+        kill(ranks)
+        shards = len(list(folder.glob("shard-*.safetensors")))
+        return {"seconds_after_start": round(after, 2), "shards_there": shards}
+
+    began = time.monotonic()
+    ended(build(root / "undisturbed"), float("inf"))
+    took, generator = time.monotonic() - began, random.Random(arguments.seed)
+    undisturbed, runs, hits = content(root / "undisturbed"), [], 0
+    count = sum(undisturbed["clips"].values())
+    print(f"undisturbed: {count} clips in {took:.1f} s, {count / took:.3g} clips/s with start-up", flush=True)
+    while hits < arguments.kills:
+        folder, kills = root / f"killed{len(runs)}", []
+        while hits < arguments.kills:
+            found = killed(folder, generator.uniform(0, took))
+            if found is None:
+                break
+            kills, hits = [*kills, found], hits + 1
+            print(f"kill {hits} of {arguments.kills}: {found}", flush=True)
+        ended(build(folder), float("inf"))
+        made = content(folder)
+        differing = sorted(
+            name
+            for name in undisturbed["files"].keys() | made["files"].keys()
+            if undisturbed["files"].get(name) != made["files"].get(name)
+        )
+        runs.append({"kills": kills, "digest": made["digest"], "differing_files": differing})
+        print(
+            f"build {len(runs)}: {len(kills)} kills, digest {made['digest']}, {len(differing)} files differ", flush=True
+        )
+    same = all(run["digest"] == undisturbed["digest"] and not run["differing_files"] for run in runs)
+    document = {
+        "benchmark": "cache",
+        **shape,
+        "ranks": arguments.ranks,
+        "seed": arguments.seed,
+        "clips": undisturbed["clips"],
+        "files": len(undisturbed["files"]),
+        "seconds_undisturbed": round(took, 1),
+        "clips_per_second_with_start_up": round(count / took, 4),
+        "digest": undisturbed["digest"],
+        "kills_that_hit_a_running_build": hits,
+        "builds": runs,
+        "same": same,
+    }
+    write_result(arguments.result, document)
+    print(f"{hits} kills hit; digests and files {'are the same' if same else 'DIFFER'}")
+    print(json.dumps({k: document[k] for k in ("benchmark", "digest", "kills_that_hit_a_running_build", "same")}))
+    sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()
