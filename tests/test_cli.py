@@ -297,7 +297,7 @@ def test_a_cache_of_another_teacher_is_refused(vpae, micro_recipe, micro_pipelin
     _refused(
         vpae("distill", recipe, "--output", tmp_path / "run", "--set", f"teacher.path={other}"),
         "does not fit this recipe",
-        "encoders is",
+        "encoders.vae is",
     )
 
 
