@@ -62,8 +62,9 @@ def test_each_odd_file_of_a_folder_is_named(folder):
     (folder / ".hidden.mp4").write_bytes(b"")
     (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
     (folder / "gone.txt").write_text("Gone.")
+    (folder / b"caf\xe9.mp4".decode("utf-8", "surrogateescape")).write_bytes(b"")
     found = faults(opened(folder, bad="skip"))
-    assert "one.txt" not in found and set(found) == {"three", "one.webm", "four", "five.txt", "one", "gone"}
+    assert "one.txt" not in found and set(found) == {"three", "one.webm", "four", "five.txt", "one", "gone", "caf?.mp4"}
     for name, words in {
         "three": "three.mp4: has no caption",
         "one.webm": "one.webm.txt: is empty",
@@ -71,10 +72,11 @@ def test_each_odd_file_of_a_folder_is_named(folder):
         "five.txt": "a caption without a video",
         "one": "one is named twice",
         "gone": "gone.mp4 does not exist",
+        "caf?.mp4": "its name is not UTF-8",
     }.items():
         assert words in found[name]
     with pytest.raises(
-        UserError, match=r"four\.txt: is not UTF-8.*\(and 5 more\); or leave such clips out with bad: skip"
+        UserError, match=r"caf\?\.mp4: its name is not UTF-8.*\(and 6 more\); or leave such clips out with bad: skip"
     ):
         opened(folder)
 
@@ -134,6 +136,18 @@ def test_bad_lines_of_a_list_become_faults(folder):
     for item, words in ((1, "no.mp4 does not exist"), (2, "no caption"), (3, "line 1 too")):
         with pytest.raises(UserError, match=words):
             source[item]
+    (folder / "captions.jsonl").write_text('{"file": "one.MP4", "caption": "half a \\ud83d"}')
+    assert "caption of one.MP4 is not valid Unicode" in faults(opened(folder, bad="skip"))["one"]
+    for file, words in (
+        ("\\ud800.mp4", "lies outside"),
+        ("x" * 3000, "cannot be looked up"),
+        ("loop.mp4", "loop of links"),
+    ):
+        (folder / "loop.mp4").unlink(missing_ok=True)
+        (folder / "loop.mp4").symlink_to("loop.mp4")
+        (folder / "captions.jsonl").write_text(f'{{"file": "{file}", "caption": "A."}}')
+        with pytest.raises(UserError, match=words):
+            opened(folder, bad="skip")
     (folder / "captions.jsonl").write_text("[" * 100_000)
     with pytest.raises(UserError, match="line 1: not JSON"):
         opened(folder, bad="skip")

@@ -177,10 +177,26 @@ def _csv_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple
         raise UserError(f"{path}, after line {reader.line_num}: not CSV ({error}); mend its quotes") from None
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: names of files may hold other bytes, and JSON halves of letters."""
+    try:
+        text.encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
 def _check_inside(folder: Path, file: str, where: str) -> None:
     relative = PurePosixPath(file)
-    leaves = relative.is_absolute() or ".." in relative.parts or "\0" in file
-    if leaves or not (folder / file).resolve().is_relative_to(folder.resolve()):
+    leaves = relative.is_absolute() or ".." in relative.parts or "\0" in file or not _is_unicode(file)
+    try:
+        leaves = leaves or not (folder / file).resolve().is_relative_to(folder.resolve())
+        if not leaves:
+            (folder / file).is_file()  # raises for a name that is too long
+    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise UserError(f"{where}: {file[:80]!r} cannot be looked up ({reason}); mend the name") from None
+    if leaves:
         raise UserError(f"{where}: {file!r} lies outside {folder}; keep the clips in the folder of their captions")
 
 
@@ -191,6 +207,8 @@ def _named(folder: Path, file: str, caption: Any, column: str, where: str) -> Na
     fault = ""
     if not text:
         fault = f"{where}: no {column} for {file}; give {column!r} a text"
+    elif not _is_unicode(text):
+        fault = f"{where}: the {column} of {file} is not valid Unicode; write it anew"
     elif not path.is_file():
         fault = f"{where}: {path} does not exist; mend the name or remove the line"
     return Named(name, text, path, fault=fault)
@@ -205,6 +223,10 @@ def _folder(folder: Path) -> Listing:
     for video in videos:
         file = video.relative_to(folder).as_posix()
         beside = video.with_suffix(".txt")
+        if not _is_unicode(file):
+            readable = file.encode("utf-8", "replace").decode()
+            clips.append(Named(readable, "", None, fault=f"{readable}: its name is not UTF-8; rename it"))
+            continue
         try:
             _check_inside(folder, beside.relative_to(folder).as_posix(), str(folder))
             caption = beside.read_text(encoding="utf-8-sig")
@@ -223,8 +245,8 @@ def _folder(folder: Path) -> Listing:
     with_video = {video.with_suffix("") for video in videos}
     for file in files:
         if file.suffix.lower() == ".txt" and file.with_suffix("") not in with_video:
-            name = file.relative_to(folder).as_posix()
-            clips.append(Named(name, "", file, fault=f"{file}: a caption without a video of that name beside it"))
+            name = file.relative_to(folder).as_posix().encode("utf-8", "replace").decode()
+            clips.append(Named(name, "", file, fault=f"{folder / name}: a caption without a video of that name"))
     return Listing("folder", folder, clips if videos else [])
 
 
@@ -235,7 +257,7 @@ def _table(folder: Path, columns: tuple[str, str], split: str | None) -> Listing
         caption, path = table.captions[row], table.paths[row]
         name = f"row-{row:06d}" + (f"-{PurePosixPath(path).stem}" if path else "")
         where, text = f"{folder}, row {row}", caption.strip() if isinstance(caption, str) else ""
-        fault, file = "" if text else f"{where}: no {columns[1]}", None
+        fault, file = "" if text and _is_unicode(text) else f"{where}: no {columns[1]}", None
         if table.holds_bytes[row]:
             clips.append(Named(name, text, None, lambda row=row, name=name: table.video(row, name), fault))
             continue

@@ -17,6 +17,7 @@ from vpae.data.videos import fit
 from vpae.errors import UserError
 
 PRECISIONS = ("fp32", "bf16")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # none that Pillow hands to another program
 
 
 def open_picture(path: Path) -> np.ndarray:
@@ -28,7 +29,7 @@ def open_picture(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(path, formats=_FORMATS) as picture:
                 # phones note the turn beside the pixels
                 return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except FileNotFoundError:
