@@ -18,10 +18,15 @@ from vpae.errors import UserError
 from vpae.models import distillation_cast, fake_score, find_model, materialise
 from vpae.recipe import from_plain
 from vpae.released import TRANSFORMERS
-from vpae.weights import count, unborn_transformer
+from vpae.weights import unborn_transformer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ALONE = Processes(0, 1, torch.device("cpu"), None)
+
+
+def count(module):
+    """Parameters of a network, those of its adapters left out."""
+    return sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
 
 
 def _cast(plain, kind="full", dtype="fp32", path=None):

@@ -59,7 +59,16 @@ def quickstart(recipe: recipes.Recipe, folder: Path, fresh: bool, processes: Pro
     return True
 
 
-_MADE = (*PHASES, "student", "student.partial", "results.json", "report.html", "comparison.mp4", "comparison.png")
+_MADE = (
+    *PHASES,
+    "student",
+    "student.partial",
+    "student.before",
+    "results.json",
+    "report.html",
+    "comparison.mp4",
+    "comparison.png",
+)
 
 
 def _forget(folder: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from safetensors import SafetensorError
-from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from vpae.backbone import Backbone
@@ -119,8 +118,3 @@ def copy_base(source: Backbone, target: Backbone) -> None:
     theirs = dict(Role("base", source).named_parameters())
     for name, parameter in Role("base", target).named_parameters():
         parameter.copy_(theirs[name])
-
-
-def count(module: nn.Module) -> int:
-    """Parameters of a network, those of its adapters left out."""
-    return sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)

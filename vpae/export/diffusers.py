@@ -9,16 +9,12 @@ from pathlib import Path
 
 from vpae import recipe as recipes
 from vpae.data.encoders import PARTS
-from vpae.engine.parallel import reshard
 from vpae.errors import UserError
 from vpae.export.card import model_card
 from vpae.export.folder import write_transformer
-from vpae.export.precision import PRECISIONS, stored, widened
-from vpae.export.proof import Examination, Proof, proof_record
+from vpae.export.proof import Examination, Proof, check_student, proof_record
 from vpae.files import write_json, write_text, writing
 from vpae.loading import Model
-from vpae.recipe import FinetuneFlow
-from vpae.roles import merge_adapter
 from vpae.sampling import euler_scheduler
 
 _COPIED = tuple(part for part in PARTS if part != "scheduler")
@@ -36,8 +32,7 @@ def export_student(model: Model, target: Path, measured: str | None = None, dtyp
     Raises:
         UserError: ``target`` is taken by something else, or the reloaded pipeline does not reproduce the student.
     """
-    if isinstance(model.recipe, FinetuneFlow):
-        raise UserError("a flow-matching run makes a teacher, which its folder pipeline/ holds; export is for students")
+    check_student(model)
     if target.exists() and not (target / "proof.json").is_file():
         raise UserError(f"{target} exists and is not an earlier export; choose another --output")
     partial, before = (target.with_name(target.name + ending) for ending in (".partial", ".before"))
@@ -58,12 +53,8 @@ def _write(model: Model, folder: Path, measured: str | None, dtype: str) -> Proo
     with writing(folder):
         folder.mkdir(parents=True)
     examination = Examination(model)
-    reshard([model.role.backbone.transformer])
-    transformer, precision = merge_adapter(model.role), PRECISIONS[dtype]
-    weights = {name: w.detach().cpu().contiguous() for name, w in transformer.state_dict().items()}
-    kept = stored(weights, precision)
-    expected = examination.student if precision.is_exact else examination.expected(widened(kept))
-    write_transformer(transformer.config, kept, folder)
+    kept, expected = examination.kept(dtype)
+    write_transformer(model.role.backbone.transformer.config, kept, folder)
     with writing(folder):
         for part in _COPIED:
             shutil.copytree(model.pipeline / part, folder / part)

@@ -31,13 +31,15 @@ from vpae.backbone import Backbone
 from vpae.data.bounce import make_clip
 from vpae.data.encoders import Encoders
 from vpae.draws import Draws, seed_of
+from vpae.engine.parallel import reshard
 from vpae.engine.watch import motion_energy
 from vpae.errors import UserError
 from vpae.export.folder import transformer_of
-from vpae.export.precision import MOTION, PRECISIONS, ROUND_OFF, Precision
+from vpae.export.precision import MOTION, PRECISIONS, ROUND_OFF, Precision, stored, widened
 from vpae.files import sha256
 from vpae.loading import Model
-from vpae.roles import Role
+from vpae.recipe import FinetuneFlow
+from vpae.roles import Role, merge_adapter
 from vpae.runs import environment
 from vpae.sampling import sample_latents
 
@@ -94,6 +96,16 @@ class Proof:
         }
 
 
+def check_student(model: Model) -> None:
+    """Exports are of students.
+
+    Raises:
+        UserError: it is a teacher in the making.
+    """
+    if isinstance(model.recipe, FinetuneFlow):
+        raise UserError("a flow-matching run makes a teacher, which its folder pipeline/ holds; export is for students")
+
+
 class Examination:
     """The fixed questions, and the student's answers to them, one clip at a time: a 14B model fills its card."""
 
@@ -143,6 +155,18 @@ class Examination:
             yield
         finally:
             transformer.to(device)
+
+    def kept(self, dtype: str) -> tuple[dict[str, Tensor], Tensor]:
+        """The student's weights as ``dtype`` stores them (diffusers' names, on the CPU), and its answers with these.
+
+        Raises:
+            UserError: a weight lies outside of what the dtype can hold.
+        """
+        own, precision = self.model.role, PRECISIONS[dtype]
+        reshard([own.backbone.transformer])
+        weights = {name: w.detach().cpu().contiguous() for name, w in merge_adapter(own).state_dict().items()}
+        kept = stored(weights, precision)
+        return kept, self.student if precision.is_exact else self.expected(widened(kept))
 
     def prove(
         self,

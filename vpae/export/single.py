@@ -11,17 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vpae.data.encoders import load_transformer
-from vpae.engine.parallel import reshard
 from vpae.errors import UserError
 from vpae.export.header import header
 from vpae.export.keys import renamed, to_original
 from vpae.export.lora import Truncation, adapter_entries, applied, difference_entries, passed_over
-from vpae.export.precision import PRECISIONS, stored, widened
-from vpae.export.proof import Examination, Proof, proof_record
+from vpae.export.precision import PRECISIONS, stored
+from vpae.export.proof import Examination, Proof, check_student, proof_record
 from vpae.files import share, write_json, writing
 from vpae.loading import Model
-from vpae.recipe import Distill, FinetuneFlow
-from vpae.roles import merge_adapter
+from vpae.recipe import Distill
 from vpae.sampling import euler_scheduler
 
 DEFAULT_RANK = 64
@@ -45,11 +43,7 @@ def export_wan(model: Model, target: Path, dtype: str = "fp32") -> Proof:
     """
     _check(model, target)
     examination = Examination(model)
-    reshard([model.role.backbone.transformer])
-    transformer, precision = merge_adapter(model.role), PRECISIONS[dtype]
-    weights = {name: w.detach().cpu().contiguous() for name, w in transformer.state_dict().items()}
-    kept = stored(weights, precision)
-    expected = examination.student if precision.is_exact else examination.expected(widened(kept))
+    kept, expected = examination.kept(dtype)
     return _write(
         examination,
         target,
@@ -120,8 +114,7 @@ def export_lora(
 
 
 def _check(model: Model, target: Path) -> None:
-    if isinstance(model.recipe, FinetuneFlow):
-        raise UserError("a flow-matching run makes a teacher, which its folder pipeline/ holds; export is for students")
+    check_student(model)
     if target.suffix != ".safetensors":
         raise UserError(f"--output {target} must end in .safetensors for a single file")
     if target.exists() and not proof_path(target).is_file():
