@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -316,3 +317,21 @@ def test_digest_goes_by_content_and_not_by_formatting(plain):
     for key, value in (("seed", 1), ("equilibrium.sds.weight", 10.5), ("student.lora.targets", ["to_v", "to_q"])):
         assert recipes.digest(recipes.from_plain(changed(plain, key, value), "")) != digest
     assert len(digest) == 16 and int(digest, 16)
+
+
+def test_a_stored_recipe_of_an_earlier_version_is_completed_and_a_new_one_is_not(plain, tmp_path):
+    old = copy.deepcopy(plain)
+    for key in recipes.ADDED["engine"]:
+        del old["engine"][key]
+    for phase in ("priming", "equilibrium"):
+        for name, section in old[phase].items():
+            if name.endswith("optimiser"):
+                del section["eps"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(old))
+    assert recipes.load_stored(path) == recipes.from_plain(plain, "")
+    with pytest.raises(UserError, match=r"missing key 'priming\.student_optimiser\.eps'"):
+        recipes.load(path)
+    old["engine"]["sequence_parallel"] = 4  # what it does say stays
+    path.write_text(yaml.safe_dump(old))
+    assert recipes.load_stored(path).engine.sequence_parallel == 4

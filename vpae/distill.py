@@ -39,7 +39,7 @@ from vpae.models import (
 )
 from vpae.recipe import Distill
 from vpae.roles import copy_weights
-from vpae.runs import PHASES, first_difference, open_folder
+from vpae.runs import PHASES, first_difference, open_folder, stored_identity
 
 
 def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Processes) -> bool:
@@ -197,7 +197,7 @@ def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, pr
     if found is None:
         raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
     shape = tuple(trainer.run.identity["latent_shape"])
-    theirs, mine = found.state["identity"], _identity(recipe, data or "", shape, "priming")
+    theirs, mine = stored_identity(found.state), _identity(recipe, data or "", shape, "priming")
     if data is None:
         theirs, mine = ({key: of.get(key) for key in ("teacher", "student", "latent_shape")} for of in (theirs, mine))
     difference = first_difference(theirs, mine)

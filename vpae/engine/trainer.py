@@ -22,7 +22,7 @@ from vpae.engine.watch import Collapse, Watch, vital_signs
 from vpae.errors import UserError
 from vpae.methods.base import Batch, Method, Player
 from vpae.recipe import Engine
-from vpae.runs import first_difference, what_is_learnt
+from vpae.runs import first_difference, stored_identity, what_is_learnt
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Trainer:
         found = checkpoints.find_agreed(self.checkpoint_root, self.processes)
         if found is None:
             return False
-        difference = first_difference(found.state["identity"], self.run.identity)
+        difference = first_difference(stored_identity(found.state), self.run.identity)
         if difference:
             raise UserError(
                 f"checkpoint {found.folder} is of another run ({difference}); use the recipe it was made with, "
