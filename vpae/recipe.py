@@ -416,6 +416,10 @@ def _check(recipe: Recipe, where: str) -> None:
     )
     if isinstance(recipe, FinetuneVae):
         need(
+            engine.sequence_parallel == 1,
+            "engine.sequence_parallel splits a transformer's tokens: set it to 1 for a VAE",
+        )
+        need(
             recipe.training.trained == "all" or recipe.init is not None,
             "training.trained is decoder, so init must name the VAE whose encoder is kept",
         )

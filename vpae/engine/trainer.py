@@ -218,8 +218,8 @@ class Trainer:
     def _micro_batches(self) -> list[list[int]]:
         """Stream positions of this rank's micro-batches in this turn."""
         (first, batch), micro = self._portion(self.turn), self.run.settings.micro_batch
-        mine = batch // self.processes.size
-        start = first + self.processes.rank * mine
+        mine = batch // self.processes.data_size
+        start = first + self.processes.data_rank * mine
         return [list(range(p, min(p + micro, start + mine))) for p in range(start, start + mine, micro)]
 
     def _take_turn(self, tracker: Tracker) -> None:
