@@ -87,7 +87,7 @@ class Backbone(nn.Module):
         return config.num_attention_heads * config.attention_head_dim
 
     def share_tokens(self, sequence: SequenceGroup) -> None:
-        """Compute each clip together with the other ranks of ``sequence``, from now on; they must all be asked alike."""
+        """From now on, compute each clip together with the other ranks of ``sequence``, which are all asked alike."""
         if self.sequence is None:
             split_tokens(self.transformer, sequence)
             self.sequence = sequence

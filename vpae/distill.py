@@ -117,6 +117,8 @@ def build_phase(
     cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
     check_fit(cast.teacher.backbone.transformer, cache, recipe.teacher.path)
     method, heads = (_priming if phase == "priming" else _equilibrium)(recipe, cast, processes)
+    for head in heads:
+        head.checkpointing = recipe.engine.checkpointing
     if recipe.engine.compile:
         compile_blocks(cast.backbones)
     gallery = Gallery(

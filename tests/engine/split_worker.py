@@ -125,9 +125,11 @@ def times_a_token(processes: Processes) -> float:
 
 def main(target: Path, degree: int, parallels: list[str], exhaustive: bool) -> None:
     joined, found = start(), {}
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("VPAE_TEST_MACHINE", os.environ["LOCAL_WORLD_SIZE"])
     for parallel in parallels:
         settings = dict.fromkeys(Engine.__annotations__) | {"parallel": parallel, "sequence_parallel": degree}
         processes = placed(joined, Engine(**settings))
+        assert parallel != "hsdp" or processes.mesh.mesh.tolist() == [[0, 1], [2, 3]]
         cases = (
             itertools.product((False, True), repeat=3) if exhaustive else [(False, True, False), (True, False, True)]
         )

@@ -47,8 +47,8 @@ def _mesh_of_machines(processes: Processes, degree: int) -> DeviceMesh:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if {local} != set(processes.gather(local)) or local < 1:
         raise UserError(
-            "engine.parallel: hsdp needs as many ranks on one machine as on another, and LOCAL_WORLD_SIZE (which torchrun "
-            "sets) to say how many; choose fsdp"
+            "engine.parallel: hsdp needs as many ranks on one machine as on another, and LOCAL_WORLD_SIZE (which the "
+            "launcher sets) to say how many; choose fsdp"
         )
     if local % degree:
         raise UserError(
