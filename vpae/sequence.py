@@ -10,7 +10,8 @@ backward pass from its own tokens. So what a rank finds for a weight is its toke
 the gradient. Everything that averages gradients (FSDP, HSDP, :func:`vpae.engine.parallel.average_gradients`) takes the
 mean over all ranks, which makes 1/degree of it; therefore :meth:`SequenceGroup.gather` multiplies by the degree on the
 way back, and :meth:`SequenceGroup.enter` divides by it. Weights outside of a backbone (a head), which see whole
-tensors on every rank, and ``x_t`` itself get their gradient as it is. (A power of two rounds nothing.)
+tensors on every rank, and ``x_t`` itself get their gradient as it is. (A power of two rounds nothing.) A gradient of a
+gradient is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vpae.errors import UserError
 
@@ -102,6 +104,7 @@ class _Gather(torch.autograd.Function):
         return parts.unflatten(0, (sequence.degree, -1)).transpose(0, 1).flatten(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.sequence.part(gradient, 1) * ctx.sequence.degree, None
 
@@ -113,6 +116,7 @@ class _Enter(torch.autograd.Function):
         return whole.view_as(whole)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.contiguous().clone()
         dist.all_reduce(total, group=ctx.sequence.group)
