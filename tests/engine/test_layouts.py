@@ -62,13 +62,20 @@ def _same_gradients(one, many):
             moments = [{k: v for k, v in t.items() if k.startswith(f"optimiser.{player}.")} for t in tensors]
             moments = [{k: v for k, v in m.items() if k.endswith("exp_avg")} for m in moments]
             scale = max(float(v.abs().max()) for v in moments[0].values())
-            assert scale > 0 and differing(*moments, tolerance=1e-5 * scale) == [], (phase, player)
+            assert scale > 0 and differing(*moments, tolerance=5e-5 * scale) == [], (phase, player)
         logs = [[json.loads(line) for line in (f / phase / "log.jsonl").read_text().splitlines()] for f in (one, many)]
         for a, b in zip(*logs, strict=True):
             assert a.keys() == b.keys()
             for key in a:  # losses, norms and vital signs
                 if "seconds" not in key and isinstance(a[key], float):
                     assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (phase, a["turn"], key)
+
+
+def _bytes_of_tensors(run):
+    """Of phase II's checkpoint, without the headers of its files."""
+    newest = sorted((run / "equilibrium/checkpoints").iterdir())[-1]
+    files = [file.read_bytes() for file in newest.glob("*.safetensors")]
+    return sum(len(file) - 8 - int.from_bytes(file[:8], "little") for file in files)
 
 
 def _equal_to_one_rank(vpae, plain, tmp_path, *, ranks, **engine):
@@ -112,16 +119,13 @@ def test_four_ranks_in_pairs_train_as_one(vpae, micro_recipe, tmp_path, kind):
 def test_two_machines_train_as_one_rank_and_it_goes_on_from_theirs(vpae, micro_recipe, tmp_path, kind, degree):
     """Each machine holds all shards, and a checkpoint holds each of them once."""
     micro_recipe["student"]["kind"] = kind
+    micro_recipe["engine"]["micro_batch"] = 1  # vital signs are ratios of what is seen at once
     many = copy.deepcopy(_still(micro_recipe))
     many["engine"] |= {"parallel": "hsdp", "sequence_parallel": degree}
     _distil(vpae, micro_recipe, tmp_path / "one")
     _on_two_machines(many, tmp_path / "many")
     _same_gradients(tmp_path / "one", tmp_path / "many")
-    sizes = {}
-    for run in ("one", "many"):
-        newest = sorted((tmp_path / run / "equilibrium/checkpoints").iterdir())[-1]
-        sizes[run] = sum(file.stat().st_size for file in newest.glob("*.safetensors"))
-    assert sizes["many"] < 1.2 * sizes["one"]  # headers of more files
+    assert _bytes_of_tensors(tmp_path / "many") == _bytes_of_tensors(tmp_path / "one")
 
 
 @pytest.mark.slow
