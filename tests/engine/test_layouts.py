@@ -146,3 +146,22 @@ def test_a_checkpoint_goes_on_in_another_layout(vpae, micro_recipe, tmp_path, be
     )
     gap = torch.cat([(a[k] - b[k]).flatten() for k in a])
     assert float(gap.abs().mean()) < 1e-6
+
+
+@pytest.mark.slow
+def test_flow_matching_of_two_ranks_on_the_same_clips(vpae, micro_recipe, tmp_path):
+    micro = micro_recipe
+    optimiser = micro["priming"]["student_optimiser"] | {"learning_rate": 1e-12, "weight_decay": 0.0}
+    training = {"steps": 2, "time": micro["priming"]["fake_time"], "text_dropout": 0.5, "ema_decay": 0.9}
+    plain = {key: micro[key] for key in ("seed", "teacher", "data", "engine", "watch", "evaluate")}
+    plain |= {"kind": "flow_matching", "name": "micro_teacher", "transformer": None, "scheduler_shift": 3.0}
+    plain["training"] = training | {"optimiser": optimiser}
+    found = []
+    for ranks in (1, 2):
+        plain["engine"]["sequence_parallel"] = ranks
+        recipe = write_recipe(plain, tmp_path / f"{ranks}.yaml")
+        done = vpae("finetune", recipe, "--output", tmp_path / str(ranks), ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append({k: v for k, v in read_tensors(tmp_path / str(ranks)).items() if k.endswith("exp_avg")})
+    scale = max(float(v.abs().max()) for v in found[0].values())
+    assert scale > 0 and differing(*found, tolerance=1e-5 * scale) == []

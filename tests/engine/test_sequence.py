@@ -123,3 +123,9 @@ def test_tokens_are_counted_before_a_clip_is_encoded(micro_recipe):
     preflight_distill(recipe, _process(0, 2, 2))
     with pytest.raises(UserError, match="a clip's 8 tokens and the transformer's 2 heads"):
         preflight_distill(recipe, _process(0, 4, 4))
+
+
+def test_a_vae_has_no_tokens_to_split():
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny_vae.yaml"
+    with pytest.raises(UserError, match="sequence_parallel splits a transformer's tokens: set it to 1 for a VAE"):
+        recipes.load(recipe, ("engine.sequence_parallel=2",))
