@@ -69,6 +69,7 @@ OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
         "2.1.1",
         f"{_COMPILED} 'git+https://github.com/thu-ml/SageAttention' (it compiles: nvcc must be on PATH)",
     ),
+    "torchao": OptionalPackage("torchao", "torchao.optim", "0.18", "pip install 'torchao>=0.18,<0.19'"),
     "kernels": OptionalPackage("kernels", "kernels", "0.12", "pip install 'kernels>=0.12'"),
     # It pins transformers 4.33.2 and numpy<2, which no diffusers that knows Wan2.1 can live with.
     "vbench": OptionalPackage(

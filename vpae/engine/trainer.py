@@ -15,6 +15,7 @@ from vpae import recipe as recipes
 from vpae.draws import Draws
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine import optim, signals
+from vpae.engine.adam import stored
 from vpae.engine.parallel import Processes, autocast, average_gradients, reshard
 from vpae.engine.stream import Stream
 from vpae.engine.tracking import Tracker
@@ -91,7 +92,10 @@ class Trainer:
     def __init__(self, method: Method, run: Run, processes: Processes) -> None:
         self.method, self.run, self.processes = method, run, processes
         processes.share(run.settings.global_batch)
-        self.optimisers = {name: optim.build_optimiser(player) for name, player in method.players.items()}
+        self.optimisers = {
+            name: optim.build_optimiser(player, run.settings.optimiser_state, processes.device, run.seed)
+            for name, player in method.players.items()
+        }
         self.steps = dict.fromkeys(method.players, 0)
         self.turn = 0
         self.seconds = 0.0  # spent in turns, over all calls of this run
@@ -107,11 +111,10 @@ class Trainer:
         """Every tensor a checkpoint holds, by name (parameters themselves, not copies)."""
         found: dict[str, Tensor] = {}
         for name, player in self.method.players.items():
-            state = self.optimisers[name].state
             for key, parameter in player.parameters.items():
                 found[f"{name}.{key}"] = parameter.detach()
-                found[f"optimiser.{name}.{key}.exp_avg"] = state[parameter]["exp_avg"]
-                found[f"optimiser.{name}.{key}.exp_avg_sq"] = state[parameter]["exp_avg_sq"]
+                for moment, tensor in stored(self.optimisers[name], parameter).items():
+                    found[f"optimiser.{name}.{key}.{moment}"] = tensor
             if player.ema is not None:
                 for key, parameter in player.ema.parameters.items():
                     found[f"{player.ema.name}.{key}"] = parameter.detach()
@@ -267,8 +270,7 @@ class Trainer:
         optim.clip_(parameters, norm, player.optimiser.clip_norm)
         optimiser = self.optimisers[player.name]
         rate = optim.learning_rate(player.optimiser, self.steps[player.name], player.steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+        optim.set_rate(optimiser, rate)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         reshard(self.run.modules)
@@ -281,7 +283,8 @@ class Trainer:
         if step % settings.log_every == 0 or self.turn == self.method.turns:
             means = self.processes.mean(self.gathered[name].means())
             self.gathered[name] = _Gathered()
-            rate = self.optimisers[name].param_groups[0]["lr"]
+            player = self.method.players[name]
+            rate = optim.learning_rate(player.optimiser, step - 1, player.steps)
             values = {key if "/" in key else f"{name}/{key}": value for key, value in means.items()}
             values |= {f"{name}/learning_rate": rate, f"{name}/step": step}
             self.processes.together(lambda: tracker.scalars(self.turn - 1, values), main_only=True)
