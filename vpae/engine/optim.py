@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vpae.engine.adam import HalfAdamW, HostAdamW, byte_adamw
+from vpae.engine.host import buckets, pass_through
 from vpae.engine.parallel import local, whole
 from vpae.methods.base import Ema, Player
 from vpae.recipe import Optimiser
@@ -91,8 +92,16 @@ def clip_(parameters: Iterable[torch.nn.Parameter], norm: Tensor, limit: float |
 def follow(ema: Ema, player: Player) -> None:
     """``ema <- decay ema + (1 - decay) weights`` on this rank's shards, in the EMA's own (fp32) precision.
 
-    In bf16 at decay 0.995 nearly all elements would never move.
+    In bf16 at decay 0.995 nearly all elements would never move. Shards in host memory pass through the weights' device.
     """
     targets = [local(ema.parameters[name]) for name in player.parameters]
     sources = [local(p) for p in player.parameters.values()]
-    torch._foreach_lerp_(targets, sources, 1 - ema.decay)
+    if not targets or targets[0].device == sources[0].device:
+        torch._foreach_lerp_(targets, sources, 1 - ema.decay)
+        return
+    parts = list(buckets([t.numel() for t in targets]))
+
+    def lerp(i: int, copies: list[Tensor]) -> None:
+        torch._foreach_lerp_(copies, sources[parts[i]], 1 - ema.decay)
+
+    pass_through([targets[part] for part in parts], sources[0].device, lerp)
