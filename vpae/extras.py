@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -171,3 +172,20 @@ def check_attention_backend(name: str, *, training: bool = True, masks: bool = F
             f"attention: {name} runs on an NVIDIA GPU alone and torch {torch.__version__} sees none here; choose native"
         )
     return backend.dispatcher
+
+
+def sample_with(backbone: Any, name: str, precision: str) -> None:
+    """Let a loaded backbone answer through an attention kernel that was checked, and in bf16 where that is asked for.
+
+    Kernels without masks read the padding rows of the text one by one; the numbers are the same.
+
+    Args:
+        backbone: a :class:`vpae.backbone.Backbone`, from now on for sampling alone.
+        name: a key of ``ATTENTION_BACKENDS``.
+        precision: ``fp32`` or ``bf16`` (matrix products over the weights as they are).
+    """
+    kernel, transformer = ATTENTION_BACKENDS[name], backbone.transformer
+    transformer.set_attention_backend(kernel.dispatcher)
+    backbone.fold_text_padding = backbone.fold_text_padding and kernel.masks
+    if precision == "bf16":
+        backbone.forward = torch.autocast(transformer.device.type, torch.bfloat16)(backbone.forward)

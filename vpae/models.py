@@ -105,8 +105,8 @@ def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str 
         require("torchao", "engine.optimiser_state: int8")
     if engine.ema_on == "cpu" and processes.mesh is None and processes.device.type != "cpu":
         raise UserError(
-            "engine.ema_on: cpu keeps the shards of the EMA there, and here it is not sharded: set it to device, or use "
-            "engine.parallel: fsdp on several ranks"
+            "engine.ema_on: cpu keeps the shards of the EMA there, and here it is not sharded: set it to device, or "
+            "use engine.parallel: fsdp on several ranks"
         )
     processes.share(engine.global_batch)
 

@@ -437,8 +437,8 @@ def _check(recipe: Recipe, where: str) -> None:
         need(recipe.student.lora is not None, "student.kind is lora, so student.lora must say its rank, alpha, targets")
         need(
             engine.ema_on == "device",
-            "engine.ema_on is cpu, and the EMA of a LoRA student is a small adapter on the teacher's weights: set it to "
-            "device",
+            "engine.ema_on is cpu, and the EMA of a LoRA student is a small adapter on the teacher's weights: set it "
+            "to device",
         )
     if recipe.priming is not None:
         need(

@@ -34,3 +34,32 @@ def test_where_the_ema_cannot_be_kept_on_the_host(micro_recipe, monkeypatch):
     micro_recipe["student"]["kind"] = "lora"
     with pytest.raises(UserError, match=r"engine.ema_on is cpu, and the EMA of a LoRA student .* set it to device"):
         recipes.from_plain(micro_recipe, "test")
+
+
+def test_only_the_ema_goes_to_host_memory(micro_recipe, monkeypatch):
+    """As FSDP is told, on a CPU and on a GPU."""
+    from types import SimpleNamespace
+
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    from vpae import models
+    from vpae.engine import parallel
+
+    told = []
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, mesh, offload_policy: told.append(offload_policy))
+    recipe = recipes.from_plain(micro_recipe, "test")
+    cast = models.distillation_cast(recipe.teacher, recipe.student, recipe.engine, 0)
+    for kind in ("cpu", "cuda"):
+        processes = Processes(0, 2, torch.device(kind), SimpleNamespace(shape=(2,)))
+        for name, backbone in zip(("teacher", "student", "ema"), cast.backbones, strict=True):
+            told.clear()
+            parallel.shard_backbone(backbone, processes, on_host=name == "ema")
+            assert len(told) == 5 and {isinstance(policy, CPUOffloadPolicy) for policy in told} == {name == "ema"}
+        assert {policy.pin_memory for policy in told} == {kind == "cuda"}
+    placed = []
+    monkeypatch.setattr(models, "shard_backbone", lambda backbone, processes, on_host: placed.append(on_host))
+    for name in ("give_memory", "read_weights", "copy_base"):
+        monkeypatch.setattr(models, name, lambda *arguments, **options: None)
+    for place in ("cpu", "device"):
+        models.materialise(cast, processes, place)
+    assert placed == [False, False, True, False, False, False]
