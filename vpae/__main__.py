@@ -233,8 +233,9 @@ def _calm_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # torchao, which diffusers imports where it is installed, tells of kernels that no optimiser needs
+    for library in ("diffusers", "transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 # seconds: the launcher ends all ranks as soon as one has left, so the silent ones let the one that speaks go first
