@@ -65,7 +65,8 @@ def main() -> None:
         for state in states:
             adam.round_to_bf16 = to_nearest if state.endswith("nearest") else at_random
             found = run(state.split()[0], beta2, arguments.steps)
-            reference = found if state == "fp32" else reference
+            if state == "fp32":
+                reference = found
             row = {
                 "state": state,
                 "beta2": beta2,
