@@ -152,7 +152,8 @@ def materialise(cast: Cast, processes: Processes, ema_on: str = "device") -> Non
         on_host = ema_on == "cpu" and backbone is cast.ema.backbone and processes.mesh is not None
         if on_host:
             size = sum(p.numel() * p.element_size() for p in backbone.transformer.parameters())
-            require_memory({"engine.ema_on: cpu": size // processes.mesh.shape[-1]})
+            wanted = {"engine.ema_on: cpu": size // processes.mesh.shape[-1]}
+            processes.together(lambda wanted=wanted: require_memory(wanted))
         shard_backbone(backbone, processes, on_host=on_host)
         give_memory(backbone, processes, on_host=on_host)
     base, *copies = cast.backbones

@@ -50,16 +50,19 @@ def test_only_the_ema_goes_to_host_memory(micro_recipe, monkeypatch):
     recipe = recipes.from_plain(micro_recipe, "test")
     cast = models.distillation_cast(recipe.teacher, recipe.student, recipe.engine, 0)
     for kind in ("cpu", "cuda"):
-        processes = Processes(0, 2, torch.device(kind), SimpleNamespace(shape=(2,)))
+        processes = Processes(0, 1, torch.device(kind), SimpleNamespace(shape=(2,)))
         for name, backbone in zip(("teacher", "student", "ema"), cast.backbones, strict=True):
             told.clear()
             parallel.shard_backbone(backbone, processes, on_host=name == "ema")
             assert len(told) == 5 and {isinstance(policy, CPUOffloadPolicy) for policy in told} == {name == "ema"}
         assert {policy.pin_memory for policy in told} == {kind == "cuda"}
-    placed = []
+    placed, processes = [], Processes(0, 1, torch.device("cpu"), SimpleNamespace(shape=(2,)))
     monkeypatch.setattr(models, "shard_backbone", lambda backbone, processes, on_host: placed.append(on_host))
     for name in ("give_memory", "read_weights", "copy_base"):
         monkeypatch.setattr(models, name, lambda *arguments, **options: None)
     for place in ("cpu", "device"):
         models.materialise(cast, processes, place)
     assert placed == [False, False, True, False, False, False]
+    monkeypatch.setattr("vpae.engine.host.free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"would keep .* \(engine.ema_on: cpu "):
+        models.materialise(cast, processes, "cpu")

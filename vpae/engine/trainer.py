@@ -94,7 +94,7 @@ class Trainer:
     def __init__(self, method: Method, run: Run, processes: Processes) -> None:
         self.method, self.run, self.processes = method, run, processes
         processes.share(run.settings.global_batch)
-        require_memory(self._on_host())
+        processes.together(lambda: require_memory(self._on_host()))  # machines differ
         self.optimisers = {
             name: optim.build_optimiser(player, run.settings.optimiser_state, processes.device, run.seed)
             for name, player in method.players.items()
