@@ -58,6 +58,15 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
 
 
+def _kernel_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attention", default="native", help="kernel: native (default), flash, flash_3, xformers, sage, ..."
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the denoiser; most other kernels need bf16"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vpae", description="One-step distillation of image-to-video diffusion.")
     parser.add_argument("--version", action="version", version=f"vpae {__version__}")
@@ -99,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="images are scaled and centre-cropped to it; default: as the model's recipe says, else the image's own",
     )
+    _kernel_options(sample)
     sample.add_argument("--fps", type=_rate, default=8.0)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--output", type=Path, default=Path("outputs/samples"))
@@ -112,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=_count, default=1)
     evaluate.add_argument("--sampler", choices=("renoise", "euler"))
     evaluate.add_argument("--guidance-scale", type=float, default=1.0)
+    _kernel_options(evaluate)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", type=Path, help="write scores.json and a contact sheet here")
 
@@ -222,8 +233,9 @@ def _calm_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # torchao, which diffusers imports where it is installed, tells of kernels that no optimiser needs
+    for library in ("diffusers", "transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 # seconds: the launcher ends all ranks as soon as one has left, so the silent ones let the one that speaks go first

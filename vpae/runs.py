@@ -87,6 +87,8 @@ def what_is_learnt(plain: dict[str, Any]) -> dict[str, Any]:
         kept["data"] = {key: value for key, value in plain["data"].items() if key != "cache"}
     if isinstance(plain.get("engine"), dict):
         kept["engine"] = {key: plain["engine"].get(key) for key in _LEARNT}
+        if kept["engine"]["optimiser_state"] == "cpu":  # where fp32 lies changes no number
+            kept["engine"]["optimiser_state"] = "fp32"
     return kept
 
 

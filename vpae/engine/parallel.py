@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vpae.backbone import Backbone
@@ -54,6 +54,7 @@ class Processes:
     device: torch.device
     mesh: DeviceMesh | None
     sequence: SequenceGroup | None = None
+    group: dist.ProcessGroup | None = None  # in which plain objects travel; None: the one of all
 
     @property
     def is_main(self) -> bool:
@@ -108,12 +109,12 @@ class Processes:
         """The value of every rank, in order, on every rank; for plain objects and arrays."""
         values: list[T] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def together(self, action: Callable[[], T], *, main_only: bool = False) -> T | None:
         """Run ``action`` on every rank (or on rank 0) and come back on all of them, or raise on all of them.
@@ -212,6 +213,13 @@ def speaks(error: Exception) -> bool:
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def aside(processes: Processes) -> Processes:
+    """The same processes for a thread of their own, whose messages must not meet those of training; all call this."""
+    if processes.size == 1:
+        return processes
+    return replace(processes, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
 _BUCKET = 1 << 24  # elements that travel at once: 64 MB in fp32
 
 
@@ -233,21 +241,25 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
             gradient.copy_(part.view_as(gradient))
 
 
-def shard_backbone(backbone: Backbone, processes: Processes) -> None:
+def shard_backbone(backbone: Backbone, processes: Processes, *, on_host: bool = False) -> None:
     """Shard a backbone in place, one unit a block, and its clips' tokens where ranks share them.
 
     Does nothing for a single process or when it is sharded already.
 
     Weights are gathered in fp32 whatever the compute precision, so that one process and many compute the same.
+
+    Args:
+        on_host: keep its shards in host memory; each block's comes to the device when the block is gathered.
     """
     if processes.sequence is not None:
         backbone.share_tokens(processes.sequence)
     if processes.mesh is None or isinstance(backbone.transformer, FSDPModule):
         return
+    policy = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda") if on_host else OffloadPolicy()
     for block in backbone.transformer.blocks:
-        fully_shard(block, mesh=processes.mesh)
+        fully_shard(block, mesh=processes.mesh, offload_policy=policy)
     # the root keeps its default (no reshard after forward): a backward that starts at a tapped feature needs it
-    fully_shard(backbone.transformer, mesh=processes.mesh)
+    fully_shard(backbone.transformer, mesh=processes.mesh, offload_policy=policy)
 
 
 def shard_module(module: nn.Module, processes: Processes) -> None:
