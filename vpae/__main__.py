@@ -82,6 +82,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="verify a finished cache; contact sheet and statistics into its folder"
     )
 
+    preflight = commands.add_parser(
+        "preflight", help="look at GPUs, versions, network, disks and limits of all ranks before a run"
+    )
+    preflight.add_argument("recipe", type=Path, nargs="?", help="also ask whether this recipe can run there")
+    _override_option(preflight)
+    _ranks_option(preflight, "one; torchrun starts them too, and on several machines")
+    preflight.add_argument("--output", type=Path, default=Path("outputs"), help="where the run will be written")
+    preflight.add_argument(
+        "--timeout", type=_rate, default=120.0, metavar="SECONDS", help="that ranks wait for one that hangs"
+    )
+
     distill = commands.add_parser("distill", help="phase I, hand-over, phase II: teacher to one-step student")
     _run_options(distill)
 
@@ -164,6 +175,8 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
 
     if arguments.command in ("finetune", "distill", "quickstart"):
         return _train(arguments)
+    if arguments.command == "preflight":
+        return _preflight(arguments)
     if arguments.command == "cache":
         from vpae.commands import cache
         from vpae.engine.launch import launch
@@ -189,6 +202,21 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
     from vpae.commands import bounce
 
     return bounce(arguments)
+
+
+def _preflight(arguments: argparse.Namespace) -> bool:
+    from vpae import recipe as recipes
+    from vpae.engine.launch import launch
+    from vpae.engine.parallel import leave
+    from vpae.preflight import preflight
+
+    recipe = recipes.load(arguments.recipe, tuple(arguments.overrides)) if arguments.recipe else None
+    if "RANK" not in os.environ and (arguments.ranks or 1) > 1:
+        leave(launch(arguments.ranks, sys.argv[1:]))
+    if not preflight(recipe, arguments.output, arguments.timeout):
+        time.sleep(0 if int(os.environ.get("RANK", "0")) == 0 else _HUSH)  # rank 0 prints the report
+        leave(2)
+    return True
 
 
 def _train(arguments: argparse.Namespace) -> bool:
