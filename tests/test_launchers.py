@@ -1,7 +1,8 @@
-"""The launch scripts, as a stranger starts them, on two CPU ranks; Slurm's commands are stood in for by short scripts."""
+"""The launch scripts, as a stranger starts them, on two CPU ranks; short scripts stand in for Slurm's commands."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import differing, read_tensors, write_recipe
+from helpers import differing, rank_processes, read_tensors, write_recipe
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -78,7 +79,7 @@ def slurm(tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": str(_free_ports() - 10000), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost"}
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost"}
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     return job | {"SLURM_SUBMIT_DIR": str(ROOT), "PATH": path, "REQUEUED": str(tmp_path / "requeued")}
 
@@ -143,6 +144,20 @@ def test_one_machine_from_recipe_to_student_and_again(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_accelerate_starts_ranks_too(recipe, tmp_path):
+    """It asks for GPUs by name only: its agent is torchrun's, and the ranks see for themselves what they compute on."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "vpae"]
+    command = [sys.executable, *launcher, "distill", str(recipe), "--output", str(tmp_path / "run")]
+    port = str(_free_ports())
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | CALM | {"MASTER_PORT": port}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = next((tmp_path / "run" / "priming" / "checkpoints").glob("step-*/state.json"))
+    assert json.loads(state.read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
 def test_two_machines_are_one_run(recipe, tmp_path):
     """Two agents of a rank each; one rank is killed on the way, and the agents of both start theirs again."""
     together = {"NNODES": "2", "MASTER_ADDR": "localhost", "LOCAL_ADDR": "localhost", "MASTER_PORT": str(_free_ports())}
@@ -151,11 +166,8 @@ def test_two_machines_are_one_run(recipe, tmp_path):
         for rank in "01"
     ]
     try:
-        _wait_for(tmp_path / "run" / "priming" / "checkpoints")
-        (lost,) = subprocess.run(
-            ["pgrep", "-f", f"vpae distill {recipe} .*--resume", "--newest"], capture_output=True, text=True
-        ).stdout.split()
-        os.kill(int(lost), signal.SIGKILL)
+        _wait_for(tmp_path / "run" / "priming" / "checkpoints" / "step-00000005" / "state.json")
+        os.kill(rank_processes(tmp_path / "run")[1], signal.SIGKILL)
         said = [node.communicate(timeout=600)[0] for node in nodes]
     finally:
         for node in nodes:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import differing, read_tensors, write_recipe
+from helpers import differing, rank_processes, read_tensors, write_recipe
 
 from vpae.engine import restarts
 from vpae.engine.tracking import read_log
@@ -22,21 +22,6 @@ PHASES = ("priming", "equilibrium")
 def _start(*command: object) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
-
-
-def _ranks(agent: int) -> dict[int, int]:
-    """Rank -> process id of the children of an agent."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            variables = (status.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        rank = [v for v in variables if v.startswith(b"RANK=")]
-        if parent == agent and rank:
-            found[int(rank[0][5:])] = int(status.parent.name)
-    return found
 
 
 def _lines(log: Path) -> int:
@@ -70,7 +55,7 @@ def test_a_killed_rank_costs_nothing_but_time(micro_recipe, tmp_path, launcher):
         run = _start(sys.executable, *command, tmp_path / "run", "--ranks", 2, "--max-restarts", 2)
     log = tmp_path / "run" / "priming" / "log.jsonl"
     _wait(lambda: _lines(log) >= 8)
-    os.kill(_ranks(run.pid)[1], signal.SIGKILL)
+    os.kill(rank_processes(tmp_path / "run")[1], signal.SIGKILL)
     out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err[-3000:]
     assert "priming: goes on from turn" in out
@@ -107,7 +92,7 @@ def test_ranks_save_and_leave_when_their_agent_is_killed(micro_recipe, tmp_path)
     recipe = write_recipe(_long(micro_recipe), tmp_path / "r.yaml")
     agent = _start(*TORCHRUN, "-m", "vpae", "distill", recipe, "--output", tmp_path / "run")
     _wait(lambda: _lines(tmp_path / "run" / "priming" / "log.jsonl") >= 2)
-    ranks = _ranks(agent.pid)
+    ranks = rank_processes(tmp_path / "run")
     assert sorted(ranks) == [0, 1]
     agent.send_signal(signal.SIGKILL)
     agent.wait()

@@ -55,11 +55,16 @@ def _disks(recipe: recipes.Recipe | None, output: Path, processes: parallel.Proc
 
 
 def _shares(recipe: recipes.Recipe, processes: parallel.Processes) -> list[Line]:
-    try:
-        share = processes.share(recipe.engine.global_batch)
-    except UserError as error:
-        return [Line("fails", "batch", str(error))]
-    return [Line("ok", "batch", f"{recipe.engine.global_batch} clips a turn, {share} a rank")]
+    batch, degree, ranks = recipe.engine.global_batch, recipe.engine.sequence_parallel, processes.size
+    if ranks % degree:
+        mend = f"a multiple of {degree} ranks, or engine.sequence_parallel=1"
+        return [Line("fails", "batch", f"{ranks} ranks are no groups of engine.sequence_parallel {degree}", mend)]
+    groups = ranks // degree
+    shared = f" in groups of {degree} that share clips" if degree > 1 else ""
+    if batch % groups:
+        text = f"engine.global_batch {batch} cannot be split over {ranks} ranks{shared}"
+        return [Line("fails", "batch", text, f"make it a multiple of {groups}")]
+    return [Line("ok", "batch", f"{batch} clips a turn, {batch // groups} a rank{shared}")]
 
 
 def _report(lines: list[Line]) -> None:
