@@ -38,7 +38,9 @@ pass_on() {
     stopped=yes
     [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
 }
-trap pass_on TERM INT
+trap pass_on TERM INT HUP
+# Each step is a process group of its own: Ctrl-C reaches this script alone, and the step hears of it once.
+set -m
 
 # Quoted only where it must be, so that it can be read and pasted.
 show() {
@@ -53,6 +55,7 @@ show() {
 step() {
     show "$@"
     if [[ $dry_run == yes ]]; then return; fi
+    if [[ $stopped == yes ]]; then exit 0; fi
     # in the background: bash runs a trap only once the command in the foreground has ended
     "$@" &
     child=$!

@@ -146,12 +146,10 @@ def test_one_machine_from_recipe_to_student_and_again(recipe, tmp_path):
 @pytest.mark.slow
 def test_accelerate_starts_ranks_too(recipe, tmp_path):
     """It asks for GPUs by name only: its agent is torchrun's, and the ranks see for themselves what they compute on."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "vpae"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--main_process_port", str(_free_ports()), "-m", "vpae"]
     command = [sys.executable, *launcher, "distill", str(recipe), "--output", str(tmp_path / "run")]
-    port = str(_free_ports())
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | CALM | {"MASTER_PORT": port}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | CALM)
     assert done.returncode == 0, done.stderr[-3000:]
     state = next((tmp_path / "run" / "priming" / "checkpoints").glob("step-*/state.json"))
     assert json.loads(state.read_text())["world_size"] == 2
