@@ -240,7 +240,8 @@ def _train(arguments: argparse.Namespace) -> bool:
     folder = arguments.output or Path("outputs") / recipe.name
     processes = start()
     resume = processes.agree([arguments.resume or restarts.claimed()])[0]
-    if resume and processes.is_main and not any(folder.glob("**/state.json")):
+    checkpoints = (*folder.glob("checkpoints/*/state.json"), *folder.glob("*/checkpoints/*/state.json"))
+    if resume and processes.is_main and not checkpoints:
         print(f"nothing to resume in {folder} yet: the run begins from the start", flush=True)
     if arguments.command == "finetune":
         from vpae.finetune import finetune

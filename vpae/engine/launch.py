@@ -77,6 +77,7 @@ def _attempt(ranks: int, arguments: list[str]) -> tuple[int, str]:
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # torchrun's own would begin a run again that the user has to mend
     )
+    restarts.forget_saved()
     try:
         elastic_launch(config, sys.executable)("-m", "vpae", *arguments)
     except SignalException:

@@ -57,6 +57,13 @@ def note_saved() -> None:
     _note(_SAVED)
 
 
+def forget_saved() -> None:
+    """What the attempt before this one saved says nothing about this one."""
+    kept = folder()
+    if kept is not None:
+        (kept / _SAVED).unlink(missing_ok=True)
+
+
 def saved() -> bool:
     return _noted(_SAVED)
 
