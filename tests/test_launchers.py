@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,17 @@ def _run(script: str, *arguments: object, timeout: float = 600, **variables: str
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | CALM | variables)
 
 
-def _start(script: str, *arguments: object, **variables: str) -> subprocess.Popen:
+@contextmanager
+def _started(script: str, *arguments: object, **variables: str):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [str(LAUNCH / script), *map(str, arguments)]
-    return subprocess.Popen(command, env=os.environ | CALM | variables, **pipes)
+    run = subprocess.Popen(command, env=os.environ | CALM | variables, **pipes)
+    try:
+        yield run
+    finally:
+        if run.poll() is None:  # the test failed: its ranks must not stay behind
+            run.terminate()
+            run.communicate(timeout=60)
 
 
 def _free_ports() -> int:
@@ -57,7 +65,7 @@ def _free_ports() -> int:
             return port
 
 
-def _wait_for(path: Path, seconds: float = 300) -> None:
+def _wait_for(path: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -132,10 +140,10 @@ def test_each_task_of_an_array_has_its_own_run(recipe, slurm, tmp_path):
 def test_one_machine_from_recipe_to_student_and_again(recipe, tmp_path):
     """Stopped while it trains, the script saves and ends; the same command goes on to its end."""
     command = ("train_8gpu.sh", recipe, tmp_path / "run", "--set", f"data.cache={tmp_path / 'cache'}")
-    run = _start(*command, RANKS="2")
-    _wait_for(tmp_path / "run" / "priming" / "log.jsonl")
-    run.send_signal(signal.SIGTERM)
-    out, _ = run.communicate(timeout=300)
+    with _started(*command, RANKS="2") as run:
+        _wait_for(tmp_path / "run" / "priming" / "log.jsonl")
+        run.send_signal(signal.SIGTERM)
+        out, _ = run.communicate(timeout=300)
     assert run.returncode == 0 and "preflight: ready" in out and "cache " in out, out[-3000:]
     assert "nothing to resume" in out and "stopped by a signal; the same command goes on" in out
     again = _run(*command, RANKS="2")
@@ -159,18 +167,15 @@ def test_accelerate_starts_ranks_too(recipe, tmp_path):
 def test_two_machines_are_one_run(recipe, tmp_path):
     """Two agents of a rank each; one rank is killed on the way, and the agents of both start theirs again."""
     together = {"NNODES": "2", "MASTER_ADDR": "localhost", "LOCAL_ADDR": "localhost", "MASTER_PORT": str(_free_ports())}
-    nodes = [
-        _start("train_multinode.sh", recipe, tmp_path / "run", **together, NODE_RANK=rank, MAX_RESTARTS="2")
-        for rank in "01"
-    ]
-    try:
+    command = ("train_multinode.sh", recipe, tmp_path / "run")
+    with (
+        _started(*command, **together, NODE_RANK="0", MAX_RESTARTS="2") as first,
+        _started(*command, **together, NODE_RANK="1", MAX_RESTARTS="2") as second,
+    ):
         _wait_for(tmp_path / "run" / "priming" / "checkpoints" / "step-00000005" / "state.json")
         os.kill(rank_processes(tmp_path / "run")[1], signal.SIGKILL)
-        said = [node.communicate(timeout=600)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], said[0][-3000:] + said[1][-3000:]
+        said = [node.communicate(timeout=600)[0] for node in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said[0][-3000:] + said[1][-3000:]
     assert "2 on 1 machine" in "".join(said) and "goes on from turn" in "".join(said)
     assert _run("train_8gpu.sh", recipe, tmp_path / "whole", RANKS="2").returncode == 0
     for phase in PHASES:
@@ -180,10 +185,10 @@ def test_two_machines_are_one_run(recipe, tmp_path):
 @pytest.mark.slow
 def test_a_preempted_job_saves_is_queued_again_and_ends_as_an_undisturbed_one(recipe, slurm, tmp_path):
     command = ("slurm.sbatch", recipe, tmp_path / "run")
-    job = _start(*command, **slurm)
-    _wait_for(tmp_path / "run" / "priming" / "log.jsonl")
-    job.send_signal(signal.SIGTERM)
-    out, _ = job.communicate(timeout=300)
+    with _started(*command, **slurm) as job:
+        _wait_for(tmp_path / "run" / "priming" / "log.jsonl")
+        job.send_signal(signal.SIGTERM)
+        out, _ = job.communicate(timeout=300)
     assert job.returncode == 0 and "interrupted, everything is saved" in out, out[-3000:]
     assert Path(slurm["REQUEUED"]).read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     again = _run(*command, **slurm, SLURM_RESTART_COUNT="1")
