@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -174,9 +174,34 @@ def start() -> Processes:
     if size == 1:
         return Processes(0, 1, device, None)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **_store_of_this_attempt(rank, size))
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return Processes(rank, size, device, mesh)
+
+
+def _store_of_this_attempt(rank: int, size: int) -> dict[str, Any]:
+    """Where torchrun starts its ranks again: keys of their own.
+
+    Its agents share one store with the ranks of all attempts (pytorch issue 135712), so that those of the second would
+    find the addresses of the first. Agents of several machines count attempts each for itself; there torchrun itself
+    has to make a store for each.
+
+    Raises:
+        UserError: it does not.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "torchrun --max-restarts on several machines lets new ranks find the addresses of lost ones; give it "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, as launch/train_multinode.sh does"
+        )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, size, is_master=False, timeout=PATIENCE)
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": size}
 
 
 def leave(status: int, together: bool = True) -> None:

@@ -169,6 +169,8 @@ class Trainer:
         self.gathered = {name: _Gathered.of(state, device) for name, state in found.state["gathered"].items()}
         if self.run.watch is not None:
             self.run.watch.broken = dict(found.state["watch"])
+        if self.processes.is_main:
+            print(f"{self.method.name}: goes on from turn {self.turn} of {self.method.turns}", flush=True)
         return True
 
     def save(self) -> Path:
