@@ -102,8 +102,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--timeout", type=_rate, default=120.0, metavar="SECONDS", help="that ranks wait for one that hangs"
     )
 
+    plan = commands.add_parser("plan", help="memory, time and disk of a distillation, before a weight is touched")
+    plan.add_argument("recipe", type=Path, help="YAML recipe, see recipes/")
+    _override_option(plan)
+    plan.add_argument("--gpus", type=_count, default=8, metavar="N", help="of all machines together (default: 8)")
+    plan.add_argument("--machines", type=_count, default=1, metavar="N", help="they are spread over (default: 1)")
+    plan.add_argument(
+        "--gpu-memory", type=_rate, default=80.0, metavar="GIB", help="of each, as nvidia-smi says it (default: 80)"
+    )
+    plan.add_argument("--tflops", type=_rate, default=400.0, help="achieved a GPU, for the times (default: 400)")
+    plan.add_argument("--whole", action="store_true", help="simulate every block of a deep network (takes minutes)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan here too")
+
     distill = commands.add_parser("distill", help="phase I, hand-over, phase II: teacher to one-step student")
     _run_options(distill)
+    distill.add_argument("--no-plan-check", action="store_true", help="begin even where the plan says it cannot fit")
 
     sample = commands.add_parser("sample", help="images + prompts to mp4 and a contact sheet")
     sample.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
@@ -206,6 +219,10 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
         from vpae.commands import evaluate
 
         return evaluate(arguments, start())
+    if arguments.command == "plan":
+        from vpae.plan.command import plan
+
+        return plan(arguments)
     if arguments.command == "export":
         from vpae.commands import export
 
@@ -260,7 +277,11 @@ def _train(arguments: argparse.Namespace) -> bool:
         return finetune(recipe, folder, resume, processes)
     from vpae.distill import distill
 
-    return distill(recipe, folder, resume, processes)
+    if arguments.no_plan_check:
+        return distill(recipe, folder, resume, processes)
+    from vpae.plan.check import check_room
+
+    return distill(recipe, folder, resume, processes, check=check_room)
 
 
 def _calm_libraries() -> None:

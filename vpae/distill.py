@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,18 @@ from vpae.roles import copy_weights
 from vpae.runs import PHASES, first_difference, open_folder, stored_identity
 
 
-def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Processes) -> bool:
+def distill(
+    recipe: recipes.Recipe,
+    folder: Path,
+    resume: bool,
+    processes: Processes,
+    *,
+    check: Callable[[Distill, Processes], None] = lambda recipe, processes: None,
+) -> bool:
     """Run the phases the recipe holds, in order; False when a signal interrupted one (everything is saved).
+
+    Args:
+        check: called on every rank before anything is read or written; may refuse the run.
 
     Raises:
         UserError: the recipe is of another kind, or anything a phase finds wrong.
@@ -54,6 +65,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
         raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae finetune")
     processes = placed(processes, recipe.engine)
     preflight_distill(recipe, processes)
+    check(recipe, processes)
     open_folder(folder, recipe, resume, processes)
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
     cache = prepare(recipe.data, encoders, processes)
@@ -116,9 +128,7 @@ def build_phase(
     """The networks, method and trainer of one phase, at its first turn."""
     cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
     check_fit(cast.teacher.backbone.transformer, cache, recipe.teacher.path)
-    method, heads = (_priming if phase == "priming" else _equilibrium)(recipe, cast, processes)
-    for head in heads:
-        head.checkpointing = recipe.engine.checkpointing
+    method, heads = method_of(recipe, phase, cast, processes)
     if recipe.engine.compile:
         compile_blocks(cast.backbones)
     gallery = Gallery(
@@ -157,19 +167,46 @@ def _identity(recipe: Distill, data: str, latent_shape: tuple[int, ...], phase: 
     return identity
 
 
-def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
+def method_of(
+    recipe: Distill,
+    phase: str,
+    cast: Cast,
+    processes: Processes,
+    born: Callable[[Cast, Processes, str], None] = materialise,
+    built: Callable[..., nn.Module] = build_head,
+) -> tuple[Method, list[nn.Module]]:
+    """A phase's method over a cast that is still without memory, and its networks besides the backbones.
+
+    Args:
+        born: gives the cast memory and weights, which a plan does without.
+        built: makes the head.
+    """
+    if phase == "priming":
+        return _priming(recipe, cast, processes, born)
+    return _equilibrium(recipe, cast, processes, born, built)
+
+
+def _priming(
+    recipe: Distill, cast: Cast, processes: Processes, born: Callable[[Cast, Processes, str], None]
+) -> tuple[Method, list[nn.Module]]:
     fake = fake_score(cast, recipe.priming.fake_lora, recipe.seed)
-    materialise(cast, processes, recipe.engine.ema_on)
+    born(cast, processes, recipe.engine.ema_on)
     method = Priming(recipe.priming, teacher=cast.teacher, student=cast.student, fake_score=fake, ema=cast.ema)
     return method, []
 
 
-def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
+def _equilibrium(
+    recipe: Distill,
+    cast: Cast,
+    processes: Processes,
+    born: Callable[[Cast, Processes, str], None],
+    built: Callable[..., nn.Module],
+) -> tuple[Method, list[nn.Module]]:
     settings = recipe.equilibrium
     judge = judge_of(recipe, cast)
     config = cast.teacher.backbone.transformer.config
     taps = _taps(settings.taps, config.num_layers)
-    head = build_head(
+    head = built(
         settings.head.kind,
         feature_dim=cast.teacher.backbone.feature_dim,
         num_taps=len(taps),
@@ -179,9 +216,12 @@ def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Met
         num_heads=settings.head.num_heads,
         queries=settings.head.queries,
         generator=generator_of(recipe.seed, "head"),
-    ).to(processes.device)
-    materialise(cast, processes, recipe.engine.ema_on)
+    )
+    if processes.device.type != "cpu":  # fake tensors cannot be moved to where they are
+        head.to(processes.device)
+    born(cast, processes, recipe.engine.ema_on)
     shard_module(head, processes)
+    head.checkpointing = recipe.engine.checkpointing
     method = Equilibrium(
         settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=taps
     )

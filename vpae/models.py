@@ -172,20 +172,10 @@ def distillation_cast(teacher: Teacher, student: Student, engine: Engine, seed: 
 def materialise(cast: Cast, processes: Processes, ema_on: str = "device") -> None:
     """Shard the networks, give them memory and read the teacher's weights: every role answers as the teacher does.
 
-    Args:
-        ema_on: the recipe's ``engine.ema_on``; where it is ``cpu``, :func:`preflight` has found shards to keep there.
-
     Raises:
-        UserError: the teacher's files are damaged, or not those of its config; or the host lacks memory for the EMA.
+        UserError: the teacher's files are damaged, or not those of its config; or as :func:`give_shards`.
     """
-    for backbone in cast.backbones:
-        on_host = ema_on == "cpu" and backbone is cast.ema.backbone and processes.mesh is not None
-        if on_host:
-            size = sum(p.numel() * p.element_size() for p in backbone.transformer.parameters())
-            wanted = {"engine.ema_on: cpu": size // processes.mesh.shape[-1]}
-            processes.together(lambda wanted=wanted: require_memory(wanted))
-        shard_backbone(backbone, processes, on_host=on_host)
-        give_memory(backbone, processes, on_host=on_host)
+    give_shards(cast, processes, ema_on)
     base, *copies = cast.backbones
     read_weights(base, cast.pipeline, processes)
     for i, backbone in enumerate(copies):
@@ -195,6 +185,25 @@ def materialise(cast: Cast, processes: Processes, ema_on: str = "device") -> Non
             copy_base(copies[0], backbone)
     if cast.student.adapter is not None:
         copy_weights(cast.student, cast.ema)
+
+
+def give_shards(cast: Cast, processes: Processes, ema_on: str = "device") -> None:
+    """Shard the networks and give them memory; their weights are still to be read.
+
+    Args:
+        ema_on: the recipe's ``engine.ema_on``; where it is ``cpu``, :func:`preflight` has found shards to keep there.
+
+    Raises:
+        UserError: the host lacks memory for the EMA.
+    """
+    for backbone in cast.backbones:
+        on_host = ema_on == "cpu" and backbone is cast.ema.backbone and processes.mesh is not None
+        if on_host:
+            size = sum(p.numel() * p.element_size() for p in backbone.transformer.parameters())
+            wanted = {"engine.ema_on: cpu": size // processes.mesh.shape[-1]}
+            processes.together(lambda wanted=wanted: require_memory(wanted))
+        shard_backbone(backbone, processes, on_host=on_host)
+        give_memory(backbone, processes, on_host=on_host)
 
 
 def fake_score(cast: Cast, lora: Lora, seed: int) -> Role:

@@ -1,0 +1,241 @@
+"""Plans against arithmetic, against themselves, and against what they advise."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vpae import recipe as recipes
+from vpae.engine.parallel import Processes
+from vpae.errors import UserError
+from vpae.plan import check as checking
+from vpae.plan.account import FITS, TIGHT, TOO_LARGE, PhasePlan, Plan, TurnPlan, load_of, make_plan, phase_load
+from vpae.plan.account import _further as further
+from vpae.plan.advise import advise
+from vpae.plan.ledger import ACTIVATIONS
+from vpae.plan.shapes import GIB, shapes_of
+from vpae.plan.show import plan_text
+from vpae.plan.simulate import Hardware, simulate
+from vpae.weights import unborn_transformer
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ONE = Hardware(1, cuda=False)
+
+
+def _recipe(plain, **engine):
+    plain = copy.deepcopy(plain)
+    plain["engine"] |= engine
+    return recipes.from_plain(plain, "test")
+
+
+def _load(plain, phase="priming", hardware=ONE, blocks=None, **engine):
+    recipe = _recipe(plain, **engine)
+    return load_of(recipe, phase, shapes_of(recipe), hardware, blocks)
+
+
+def _peak(load, player="student"):
+    return max(sum(kinds.values()) for kinds in load.turns[player].segments)
+
+
+def _tensors(recipe):
+    return [p.shape for p in unborn_transformer(shapes_of(recipe).config).parameters()]
+
+
+def test_weights_gradients_and_moments_are_what_arithmetic_says(micro_recipe):
+    load, shapes = _load(micro_recipe, micro_batch=1), _tensors(_recipe(micro_recipe))
+    numel = sum(map(math.prod, shapes))
+    assert load.parameters == numel
+    for kind in ("weights of teacher", "weights of student", "EMA"):
+        assert load.resting[kind] == 4 * numel
+    assert load.resting["optimiser of student"] == 8 * numel + 4 * len(shapes)  # a count of steps a tensor
+    fullest = max(load.turns["student"].segments, key=lambda kinds: sum(kinds.values()))
+    assert fullest["gradients of student"] == 4 * numel
+    lora = sum(2 * (shape[0] + shape[1]) for shape in _targets(_recipe(micro_recipe)))
+    assert load.resting["weights of fake_score"] == 4 * lora
+    assert load.checkpoint == 4 * (4 * numel + 3 * lora)  # student, EMA and moments; LoRA and moments
+
+
+def _targets(recipe):
+    """Shapes of the linear layers that the micro recipe's LoRA of rank 2 is put on."""
+    named = unborn_transformer(shapes_of(recipe).config).named_parameters()
+    return [p.shape for name, p in named if name.endswith(("to_q.weight", "to_v.weight"))]
+
+
+def test_eight_ranks_hold_an_eighth(micro_recipe):
+    load = _load(micro_recipe, hardware=Hardware(8, cuda=False), global_batch=8, micro_batch=1)
+    mine = sum(math.ceil(shape[0] / 8) * math.prod(shape[1:]) for shape in _tensors(_recipe(micro_recipe)))
+    for kind in ("weights of teacher", "weights of student", "EMA"):
+        assert load.resting[kind] == 4 * mine
+    assert load.turns["student"].flops == _load(micro_recipe, global_batch=1, micro_batch=1).turns["student"].flops
+
+
+def test_a_teacher_in_bf16_takes_half(micro_recipe):
+    micro_recipe["teacher"]["dtype"] = "bf16"
+    load = _load(micro_recipe, precision="bf16")
+    numel = sum(map(math.prod, _tensors(_recipe(micro_recipe, precision="bf16"))))
+    assert 2 * numel < load.resting["weights of teacher"] < 2.5 * numel  # norms stay in fp32
+    assert load.resting["weights of student"] == 4 * numel
+
+
+def test_checkpointing_spares_activations_and_costs_a_forward(micro_recipe):
+    plain, spared = (_load(micro_recipe, "equilibrium", checkpointing=value) for value in (False, True))
+
+    def kept(load):
+        return max(kinds.get(ACTIVATIONS, 0) for kinds in load.turns["student"].segments)
+
+    assert kept(spared) < 0.5 * kept(plain) and _peak(spared) < _peak(plain)
+    assert spared.turns["student"].flops > plain.turns["student"].flops
+
+
+def test_a_larger_micro_batch_takes_more_memory_and_the_same_work(micro_recipe):
+    small, large = (_load(micro_recipe, micro_batch=size) for size in (1, 4))
+    assert _peak(large) > 1.5 * _peak(small)
+    assert small.turns["student"].flops == pytest.approx(large.turns["student"].flops, rel=1e-6)
+
+
+@pytest.mark.parametrize("state", ["bf16", "int8", "cpu"])
+def test_moments_are_counted_where_and_as_they_are_kept(micro_recipe, state):
+    if state == "int8":
+        pytest.importorskip("torchao")
+    numel = sum(map(math.prod, _tensors(_recipe(micro_recipe))))
+    load = _load(micro_recipe, optimiser_state=state)
+    kept = load.resting.get("optimiser of student", 0)
+    if state == "cpu":
+        assert kept == 0 and 8 * numel <= load.host["optimiser of student"] < 8.5 * numel
+    else:
+        assert kept < (4.2 if state == "bf16" else 8) * numel and not load.host
+        assert kept >= (4 if state == "bf16" else 2) * numel
+
+
+def test_an_ema_in_host_memory_leaves_the_device(micro_recipe):
+    two = Hardware(2, cuda=False)
+    device, host = (_load(micro_recipe, hardware=two, ema_on=where) for where in ("device", "cpu"))
+    assert "EMA" not in host.resting and host.host["EMA"] == device.resting["EMA"]
+
+
+def test_ranks_that_share_tokens_keep_fewer_activations(micro_recipe):
+    two = Hardware(2, cuda=False)
+    own, shared = (
+        _load(micro_recipe, hardware=two, global_batch=batch, micro_batch=1, sequence_parallel=degree)
+        for batch, degree in ((2, 1), (1, 2))
+    )
+    at = [max(kinds.get(ACTIVATIONS, 0) for kinds in load.turns["student"].segments) for load in (own, shared)]
+    assert at[1] < 0.75 * at[0]
+    assert shared.turns["student"].flops < 0.75 * own.turns["student"].flops
+
+
+@pytest.mark.parametrize("phase", ["priming", "equilibrium"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_deeper_network_follows_from_two_shallow_ones(micro_recipe, phase, kind):
+    micro_recipe["student"]["kind"] = kind
+    hardware = Hardware(2, cuda=True) if kind == "full" else ONE
+    few, more, whole = (
+        _load(micro_recipe, phase, hardware, blocks, checkpointing=True, micro_batch=1) for blocks in (3, 4, 8)
+    )
+    guess = further(few, more, 5)
+    for player, turn in whole.turns.items():
+        assert _peak(guess, player) == pytest.approx(_peak(whole, player), rel=0.01)
+        assert guess.turns[player].flops == pytest.approx(turn.flops, rel=1e-6)
+    assert sum(guess.resting.values()) == pytest.approx(sum(whole.resting.values()), rel=1e-6)
+    assert guess.checkpoint == pytest.approx(whole.checkpoint, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["priming", "equilibrium"])
+@pytest.mark.parametrize("name", ["wan21_i2v_14b_480p", "wan21_i2v_14b_480p_lora_1gpu"])
+def test_a_14b_plan_is_that_of_all_its_blocks(name, phase):
+    recipe = recipes.load(RECIPES / f"{name}.yaml")
+    hardware, shapes = Hardware(8 if recipe.student.kind == "full" else 1), shapes_of(recipe)
+    guess, whole = (phase_load(recipe, phase, shapes, hardware, whole=value) for value in (False, True))
+    assert guess.parameters == whole.parameters == 16_394_878_784
+    for player, turn in whole.turns.items():
+        assert _peak(guess, player) == pytest.approx(_peak(whole, player), rel=0.01)
+        assert guess.turns[player].flops == pytest.approx(turn.flops, rel=1e-6)
+
+
+def _made_up(recipe, peak):
+    turn = TurnPlan({"weights of student": peak}, 1e15, 10)
+    phase = PhasePlan({"student": turn}, {"process": GIB}, {"process": GIB}, 1e9, 1e6)
+    return Plan(recipe, Hardware(8), 100 * GIB, shapes_of(recipe), {"priming": phase})
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(89, FITS), (91, TIGHT), (95, TIGHT), (97, TOO_LARGE), (200, TOO_LARGE)])
+def test_verdict(micro_recipe, peak, verdict):
+    plan = _made_up(_recipe(micro_recipe), peak * GIB)
+    assert plan.verdict("priming") == verdict
+    assert plan.failing == (["priming"] if verdict == TOO_LARGE else [])
+    assert f"priming: {verdict}" in plan_text(plan, 400.0)
+
+
+def test_the_advice_is_the_cheapest_change_that_was_planned_to_fit(micro_recipe):
+    recipe = _recipe(micro_recipe, micro_batch=1)
+    peaks = [make_plan(_recipe(micro_recipe, micro_batch=1, checkpointing=v), ONE, GIB) for v in (False, True)]
+    without, spared = (max(phase.peak for phase in plan.phases.values()) for plan in peaks)
+    assert spared < 0.95 * without
+    plan = make_plan(recipe, ONE, without)
+    assert plan.failing
+    advice = advise(plan)
+    assert advice.settings == "engine.checkpointing=true" and not advice.plan.failing
+    assert max(phase.peak for phase in advice.plan.phases.values()) == spared
+
+
+def test_nothing_is_advised_where_nothing_helps(micro_recipe):
+    assert advise(make_plan(_recipe(micro_recipe, micro_batch=1), ONE, 1e5)) is None
+
+
+def test_other_kinds_of_recipes_and_uneven_machines_are_told():
+    teacher = recipes.load(RECIPES / "tiny_teacher.yaml")
+    with pytest.raises(UserError, match="vpae plan plans distillations"):
+        make_plan(teacher, ONE, GIB)
+    student = recipes.load(RECIPES / "wan21_i2v_14b_480p.yaml")
+    with pytest.raises(UserError, match="8 GPUs cannot be spread evenly over 3 machines"):
+        make_plan(student, Hardware(8, 3), GIB)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_told(micro_recipe):
+    recipe = _recipe(micro_recipe)
+    with pytest.raises(UserError, match="engine.global_batch 4 cannot be split over 3 ranks"):
+        simulate(recipe, "priming", shapes_of(recipe), Hardware(3))
+
+
+def test_the_command_writes_the_plan(vpae, micro_recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(_recipe(micro_recipe)))
+    done = vpae("plan", tmp_path / "recipe.yaml", "--gpus", 1, "--gpu-memory", 1, "--json", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert {name: phase["verdict"] for name, phase in plan["phases"].items()} == {"priming": FITS, "equilibrium": FITS}
+    assert plan["phases"]["priming"]["players"]["student"]["turns"] == 3
+    assert "priming: fits" in done.stdout and "Kept free: 10 %" in done.stdout
+
+
+def test_a_run_that_does_not_fit_is_refused_with_the_plans_words(micro_recipe):
+    said = checking.planned_refusal(_recipe(micro_recipe), 1, 1, int(2e5))
+    assert said.startswith("micro does not fit: a GPU would need 0.0") and "\n" not in said
+
+
+def test_on_cpus_only_what_is_clearly_impossible_is_refused(micro_recipe, monkeypatch):
+    recipe, alone = _recipe(micro_recipe), Processes(0, 1, torch.device("cpu"), None)
+    checking.check_room(recipe, alone)
+    least = checking.least_bytes(recipe, sum(map(math.prod, _tensors(recipe))))
+    monkeypatch.setattr(checking, "free_memory", lambda: least)
+    checking.check_room(recipe, alone)
+    monkeypatch.setattr(checking, "free_memory", lambda: least - 1)
+    with pytest.raises(UserError, match="micro does not fit: 1 ranks .*--no-plan-check"):
+        checking.check_room(recipe, alone)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_bounds_hold_the_plan_between_them(micro_recipe, kind):
+    micro_recipe["student"]["kind"] = kind
+    recipe = _recipe(micro_recipe)
+    shapes, numel = shapes_of(recipe), sum(map(math.prod, _tensors(recipe)))
+    peak = max(phase.peak for phase in make_plan(recipe, ONE, GIB).phases.values())
+    bound = checking.most_bytes(recipe, numel, shapes)
+    assert checking.least_bytes(recipe, numel) < peak < bound - GIB  # of which a GiB is for what no shape tells
+    assert dataclasses.replace(shapes, latent=(16, 4, 8, 8)).tokens == 64

@@ -1,0 +1,234 @@
+"""From simulated turns to a plan: bytes by role, time, host memory, disk, and whether it fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vpae import recipe as recipes
+from vpae.errors import UserError
+from vpae.plan.ledger import ACTIVATIONS, GATHERED, TEMPORARY
+from vpae.plan.shapes import GIB, Shapes, shapes_of
+from vpae.plan.simulate import Hardware, PhaseLoad, TurnLoad, simulate
+from vpae.recipe import Distill
+from vpae.runs import PHASES
+
+KEPT_FREE = 0.10  # of a card: CUDA's context, NCCL's buffers, the allocator's fragments; none of them can be simulated
+LEAST_FREE = 0.04  # below it the context and NCCL alone do not fit
+PROCESS = 3 * GIB  # host memory of a rank before anything of ours: Python, torch, CUDA's own
+_FILE = 2 * GIB  # that a rank writes of a checkpoint at once, as vpae.engine.checkpoint splits it
+FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
+_STAND_IN = (3, 4)  # blocks that a deeper network is planned from: every byte of a turn is linear in its blocks
+_WHOLE = 8  # blocks up to which a network is simulated as it is
+
+
+@dataclass(frozen=True)
+class TurnPlan:
+    """One player's turn on one rank.
+
+    Attributes:
+        kinds: bytes on the device at its fullest moment, by whose they are.
+        flops: of the turn.
+        turns: in the phase.
+    """
+
+    kinds: dict[str, float]
+    flops: float
+    turns: int
+
+    @property
+    def peak(self) -> float:
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase on one rank; bytes.
+
+    Attributes:
+        turns: by player.
+        host: memory of the machine that this rank takes while it trains, by what for.
+        loading: memory of the machine that this rank takes before it trains, by what for.
+        checkpoint: one of all ranks, on disk.
+    """
+
+    turns: dict[str, TurnPlan]
+    host: dict[str, float]
+    loading: dict[str, float]
+    checkpoint: float
+    parameters: float
+
+    @property
+    def peak(self) -> float:
+        return max(turn.peak for turn in self.turns.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on given hardware.
+
+    Attributes:
+        memory: of a card, bytes.
+    """
+
+    recipe: Distill
+    hardware: Hardware
+    memory: float
+    shapes: Shapes
+    phases: dict[str, PhasePlan]
+
+    def verdict(self, phase: str) -> str:
+        """Whether a phase fits: with the allowance kept free, only without it, or not at all."""
+        share = self.phases[phase].peak / self.memory
+        return FITS if share <= 1 - KEPT_FREE else TIGHT if share <= 1 - LEAST_FREE else TOO_LARGE
+
+    @property
+    def failing(self) -> list[str]:
+        return [phase for phase in self.phases if self.verdict(phase) == TOO_LARGE]
+
+    def seconds(self, phase: str, flops_a_second: float) -> float:
+        return sum(turn.flops * turn.turns for turn in self.phases[phase].turns.values()) / flops_a_second
+
+
+_memory: dict[str, PhaseLoad] = {}
+
+
+def load_of(recipe: Distill, phase: str, shapes: Shapes, hardware: Hardware, blocks: int | None = None) -> PhaseLoad:
+    """:func:`simulate`, once for all recipes that lay a phase out alike."""
+    plain = recipes.to_plain(recipe)
+    layout = {key: plain[key] for key in ("teacher", "student", phase)} | {"engine": dict(plain["engine"])}
+    for key in ("log_every", "sample_every", "samples", "checkpoint_every", "keep_checkpoints", "async_checkpoints"):
+        del layout["engine"][key]
+    key = recipes.digest({"layout": layout, "of": [phase, blocks, shapes.config, shapes.latent, shapes.text_rows]})
+    key += f" {hardware}"
+    if key not in _memory:
+        _memory[key] = simulate(recipe, phase, shapes, hardware, blocks)
+    return _memory[key]
+
+
+def phase_load(recipe: Distill, phase: str, shapes: Shapes, hardware: Hardware, *, whole: bool = False) -> PhaseLoad:
+    """What a phase takes; a deep network's from two shallow ones unless ``whole``."""
+    layers = shapes.config["num_layers"]
+    if whole or layers <= _WHOLE:
+        return load_of(recipe, phase, shapes, hardware)
+    few, more = (load_of(recipe, phase, shapes, hardware, blocks) for blocks in _STAND_IN)
+    return _further(few, more, (layers - _STAND_IN[0]) / (_STAND_IN[1] - _STAND_IN[0]))
+
+
+def _further(few: PhaseLoad, more: PhaseLoad, steps: float) -> PhaseLoad:
+    """The load ``steps`` steps of the difference beyond ``few``."""
+
+    def on(a: float, b: float) -> float:
+        return a + steps * (b - a)
+
+    def each(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {key: on(a.get(key, 0.0), b.get(key, 0.0)) for key in a | b}
+
+    turns = {}
+    for name, short in few.turns.items():
+        long = more.turns[name]
+        pairs = zip(short.segments, long.segments, strict=True)
+        segments = tuple(each(a, b) for a, b in pairs)
+        turns[name] = TurnLoad(segments, on(short.flops, long.flops), short.turns)
+    sizes = (on(getattr(few, name), getattr(more, name)) for name in ("checkpoint", "checkpoint_share", "parameters"))
+    return PhaseLoad(each(few.resting, more.resting), each(few.host, more.host), turns, *sizes, few.largest_tensor)
+
+
+def make_plan(
+    recipe: recipes.Recipe, hardware: Hardware, memory: float, *, whole: bool = False, phases: tuple[str, ...] = PHASES
+) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        memory: of a card, bytes.
+        whole: simulate every block, which takes minutes for a large network.
+        phases: of these, those that the recipe has.
+
+    Raises:
+        UserError: the recipe is of another kind, or cannot run on these ranks.
+    """
+    if not isinstance(recipe, Distill):
+        raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; vpae plan plans distillations")
+    if hardware.ranks % hardware.machines:
+        raise UserError(f"{hardware.ranks} GPUs cannot be spread evenly over {hardware.machines} machines")
+    shapes = shapes_of(recipe)
+    found = {
+        phase: _phase(recipe, phase_load(recipe, phase, shapes, hardware, whole=whole), shapes)
+        for phase in phases
+        if getattr(recipe, phase) is not None
+    }
+    return Plan(recipe, hardware, memory, shapes, found)
+
+
+def _phase(recipe: Distill, load: PhaseLoad, shapes: Shapes) -> PhasePlan:
+    turns = {}
+    for name, turn in load.turns.items():
+        fullest = max(turn.segments, key=lambda kinds: sum(kinds.values()))
+        turns[name] = TurnPlan(_tidy(fullest), turn.flops, turn.turns)
+    # torch holds a file's bytes up to three times while it writes it
+    writing = 3 * min(_FILE, load.checkpoint_share)
+    host = {"process": PROCESS, **load.host, "checkpoint being written": writing}
+    if recipe.engine.async_checkpoints:
+        host["checkpoint on its way (async_checkpoints)"] = load.checkpoint_share
+    loading = {"process": PROCESS, **load.host, "slices of weights": 2 * load.largest_tensor}
+    if shapes.encoders:
+        loading["encoders of clips and captions"] = shapes.encoders
+    return PhasePlan(turns, host, loading, load.checkpoint, load.parameters)
+
+
+def _tidy(kinds: Mapping[str, float]) -> dict[str, float]:
+    """In the order in which they are read: what stays, then what a turn adds."""
+
+    def place(kind: str) -> int:
+        stays = ("weights", "EMA", "optimiser", "gradients", GATHERED, ACTIVATIONS, "other", TEMPORARY)
+        return next((i for i, word in enumerate(stays) if kind.startswith(word)), len(stays))
+
+    return {kind: kinds[kind] for kind in sorted(kinds, key=place) if abs(kinds[kind]) >= 1}
+
+
+def document(plan: Plan, tflops: float) -> dict[str, Any]:
+    """The plan for machines: bytes, seconds, FLOPs."""
+    recipe, engine = plan.recipe, plan.recipe.engine
+    per_machine = plan.hardware.ranks // plan.hardware.machines
+    phases = {}
+    for name, phase in plan.phases.items():
+        phases[name] = {
+            "verdict": plan.verdict(name),
+            "peak": round(phase.peak),
+            "players": {
+                player: {
+                    "peak": round(turn.peak),
+                    "by": {kind: round(size) for kind, size in turn.kinds.items()},
+                    "flops_a_turn": turn.flops,
+                    "seconds_a_turn": turn.flops / tflops / 1e12,
+                    "turns": turn.turns,
+                }
+                for player, turn in phase.turns.items()
+            },
+            "seconds": plan.seconds(name, tflops * 1e12),
+            "host_a_rank": {kind: round(size) for kind, size in phase.host.items()},
+            "host_a_machine": round(per_machine * sum(phase.host.values())),
+            "host_before_training_a_rank": {kind: round(size) for kind, size in phase.loading.items()},
+            "host_before_training_a_machine": round(per_machine * sum(phase.loading.values())),
+            "checkpoint": round(phase.checkpoint),
+        }
+    seconds = math.fsum(phase["seconds"] for phase in phases.values())
+    return {
+        "recipe": recipe.name,
+        "gpus": plan.hardware.ranks,
+        "machines": plan.hardware.machines,
+        "gpu_memory": round(plan.memory),
+        "kept_free": KEPT_FREE,
+        "tflops": tflops,
+        "tokens": plan.shapes.tokens,
+        "parameters": round(max(p.parameters for p in plan.phases.values())),
+        "engine": recipes.to_plain(engine),
+        "teacher_dtype": recipe.teacher.dtype,
+        "student": recipe.student.kind,
+        "phases": phases,
+        "seconds": seconds,
+        "gpu_hours": seconds * plan.hardware.ranks / 3600,
+        "disk": round((engine.keep_checkpoints + 1) * sum(p.checkpoint for p in plan.phases.values())),
+    }
