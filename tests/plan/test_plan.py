@@ -34,6 +34,18 @@ def _recipe(plain, **engine):
     return recipes.from_plain(plain, "test")
 
 
+@pytest.fixture
+def long_clips(micro_recipe):
+    """The micro recipe with clips of 272 tokens: activations outweigh weights."""
+    micro_recipe["data"]["source"]["world"] = {"size": 64, "num_frames": 65}
+    return micro_recipe
+
+
+def _kept(load, player="student"):
+    """What the forward of a player's turn keeps for the backward."""
+    return max(kinds.get(ACTIVATIONS, 0) for kinds in load.turns[player].segments)
+
+
 def _load(plain, phase="priming", hardware=ONE, blocks=None, **engine):
     recipe = _recipe(plain, **engine)
     return load_of(recipe, phase, shapes_of(recipe), hardware, blocks)
@@ -75,6 +87,15 @@ def test_eight_ranks_hold_an_eighth(micro_recipe):
     assert load.turns["student"].flops == _load(micro_recipe, global_batch=1, micro_batch=1).turns["student"].flops
 
 
+def test_machines_hold_the_same_shards(micro_recipe):
+    """hsdp over two machines of two: each rank has a half, as on one machine of two."""
+    two, machines = Hardware(2, cuda=False), Hardware(4, 2, cuda=False)
+    alone = _load(micro_recipe, hardware=two, global_batch=2, micro_batch=1)
+    both = _load(micro_recipe, hardware=machines, global_batch=4, micro_batch=1, parallel="hsdp")
+    assert both.resting["weights of student"] == alone.resting["weights of student"]
+    assert both.checkpoint == alone.checkpoint
+
+
 def test_a_teacher_in_bf16_takes_half(micro_recipe):
     micro_recipe["teacher"]["dtype"] = "bf16"
     load = _load(micro_recipe, precision="bf16")
@@ -83,20 +104,16 @@ def test_a_teacher_in_bf16_takes_half(micro_recipe):
     assert load.resting["weights of student"] == 4 * numel
 
 
-def test_checkpointing_spares_activations_and_costs_a_forward(micro_recipe):
-    plain, spared = (_load(micro_recipe, "equilibrium", checkpointing=value) for value in (False, True))
-
-    def kept(load):
-        return max(kinds.get(ACTIVATIONS, 0) for kinds in load.turns["student"].segments)
-
-    assert kept(spared) < 0.5 * kept(plain) and _peak(spared) < _peak(plain)
+def test_checkpointing_spares_activations_and_costs_a_forward(long_clips):
+    plain, spared = (_load(long_clips, checkpointing=value, micro_batch=1) for value in (False, True))
+    assert _kept(spared) < 0.5 * _kept(plain) and _peak(spared) < 0.9 * _peak(plain)
     assert spared.turns["student"].flops > plain.turns["student"].flops
 
 
-def test_a_larger_micro_batch_takes_more_memory_and_the_same_work(micro_recipe):
-    small, large = (_load(micro_recipe, micro_batch=size) for size in (1, 4))
-    assert _peak(large) > 1.5 * _peak(small)
-    assert small.turns["student"].flops == pytest.approx(large.turns["student"].flops, rel=1e-6)
+def test_a_larger_micro_batch_takes_more_memory_and_the_same_work(long_clips):
+    small, large = (_load(long_clips, micro_batch=size) for size in (1, 4))
+    assert 3 * _kept(small) < _kept(large) < 5 * _kept(small) and _peak(large) > 2 * _peak(small)
+    assert small.turns["student"].flops == pytest.approx(large.turns["student"].flops, rel=1e-3)
 
 
 @pytest.mark.parametrize("state", ["bf16", "int8", "cpu"])
@@ -119,15 +136,14 @@ def test_an_ema_in_host_memory_leaves_the_device(micro_recipe):
     assert "EMA" not in host.resting and host.host["EMA"] == device.resting["EMA"]
 
 
-def test_ranks_that_share_tokens_keep_fewer_activations(micro_recipe):
+def test_ranks_that_share_tokens_keep_fewer_activations(long_clips):
     two = Hardware(2, cuda=False)
     own, shared = (
-        _load(micro_recipe, hardware=two, global_batch=batch, micro_batch=1, sequence_parallel=degree)
+        _load(long_clips, hardware=two, global_batch=batch, micro_batch=1, sequence_parallel=degree)
         for batch, degree in ((2, 1), (1, 2))
     )
-    at = [max(kinds.get(ACTIVATIONS, 0) for kinds in load.turns["student"].segments) for load in (own, shared)]
-    assert at[1] < 0.75 * at[0]
-    assert shared.turns["student"].flops < 0.75 * own.turns["student"].flops
+    assert 0.4 * _kept(own) < _kept(shared) < 0.75 * _kept(own)
+    assert 0.4 * own.turns["student"].flops < shared.turns["student"].flops < 0.75 * own.turns["student"].flops
 
 
 @pytest.mark.parametrize("phase", ["priming", "equilibrium"])
@@ -173,16 +189,15 @@ def test_verdict(micro_recipe, peak, verdict):
     assert f"priming: {verdict}" in plan_text(plan, 400.0)
 
 
-def test_the_advice_is_the_cheapest_change_that_was_planned_to_fit(micro_recipe):
-    recipe = _recipe(micro_recipe, micro_batch=1)
-    peaks = [make_plan(_recipe(micro_recipe, micro_batch=1, checkpointing=v), ONE, GIB) for v in (False, True)]
-    without, spared = (max(phase.peak for phase in plan.phases.values()) for plan in peaks)
-    assert spared < 0.95 * without
-    plan = make_plan(recipe, ONE, without)
+def test_the_advice_is_the_cheapest_change_that_was_planned_to_fit(long_clips):
+    recipe = _recipe(long_clips, micro_batch=1)
+    spared = _recipe(long_clips, micro_batch=1, checkpointing=True)
+    peaks = [max(p.peak for p in make_plan(r, ONE, GIB).phases.values()) for r in (recipe, spared)]
+    plan = make_plan(recipe, ONE, peaks[0])
     assert plan.failing
     advice = advise(plan)
     assert advice.settings == "engine.checkpointing=true" and not advice.plan.failing
-    assert max(phase.peak for phase in advice.plan.phases.values()) == spared
+    assert max(phase.peak for phase in advice.plan.phases.values()) == peaks[1]
 
 
 def test_nothing_is_advised_where_nothing_helps(micro_recipe):
