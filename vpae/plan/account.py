@@ -20,7 +20,9 @@ LEAST_FREE = 0.04  # below it the context and NCCL alone do not fit
 PROCESS = 3 * GIB  # host memory of a rank before anything of ours: Python, torch, CUDA's own
 _FILE = 2 * GIB  # that a rank writes of a checkpoint at once, as vpae.engine.checkpoint splits it
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
-_STAND_IN = (3, 4)  # blocks that a deeper network is planned from: every byte of a turn is linear in its blocks
+# blocks that a deeper network is planned from: within a segment every byte is linear in them, if each half of the
+# backward has two blocks or more (FSDP gathers one ahead) and both numbers are even, as 40 and 30 are
+_STAND_IN = (6, 8)
 _WHOLE = 8  # blocks up to which a network is simulated as it is
 
 
