@@ -3,7 +3,7 @@
     python benchmarks/latency.py                                 # the shipped tiny teacher's shapes, also on a CPU
     python benchmarks/latency.py --shape 480p --random-weights   # Wan2.1-I2V-14B's shapes on one GPU, without weights
     python benchmarks/latency.py --shape 480p --random-weights --layers 1 --size 64 96 --frames 5   # its widths, CPU
-    torchrun --nproc-per-node 8 benchmarks/latency.py --shape 480p --random-weights --layers 1   # decode, over all ranks
+    torchrun --nproc-per-node 8 benchmarks/latency.py --shape 480p --random-weights --layers 1   # decode, all ranks
 
 A request is a first frame and a prompt, batch 1. One network answers as teacher and as student, since time does not
 depend on the weights' values; "as stored" or "random" says whose they are. Teacher, students, products and copies take
@@ -387,9 +387,8 @@ def show(document: dict[str, Any]) -> None:
         for name, row in document["rows"][section].items():
             error = row.get("error")
             told = f"   max {error['max']:.1e}, rms {error['rms']:.1e}" if error else ""
-            print(
-                f"{name:<42}{ms(row['seconds'])}   {row['speedup']['median']:.2f} x{row['peak_bytes'] / 2**20:10.0f}{told}"
-            )
+            told = f"{row['speedup']['median']:.2f} x{row['peak_bytes'] / 2**20:10.0f}{told}"
+            print(f"{name:<42}{ms(row['seconds'])}   {told}")
     if document["left_out"]:
         names = sorted({name.partition(",")[0] for name in document["left_out"]})
         print(f"\nleft out, wholly or in part (why: in the document): {', '.join(names)}")
