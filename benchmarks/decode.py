@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,15 +44,35 @@ def tiled(vae: AutoencoderKLWan, latents: Tensor) -> AutoencoderKLWan:
     return vae
 
 
+@contextlib.contextmanager
+def true_fp32(enabled: bool = True) -> Iterator[None]:
+    """Convolutions in fp32, where a GPU would by torch's default round their factors to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and not enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def variants(vae: AutoencoderKLWan, latents: Tensor, with_compile: bool) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Name of each way, and the call that decodes to pixels ``[B, 3, F, H, W]`` on [-1, 1]."""
+
+    def exactly(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with true_fp32():
+                return run()
+
+        return call
 
     def row(name: str, change: Callable[[AutoencoderKLWan], Any], dtype: torch.dtype = torch.float32):
         twin = copy.deepcopy(vae).to(dtype)
         change(twin)
-        return name, lambda: twin.decode(latents.to(dtype)).sample
+        return name, exactly(lambda: twin.decode(latents.to(dtype)).sample)
 
-    yield "fp32", lambda: vae.decode(latents).sample
+    yield "fp32", exactly(lambda: vae.decode(latents).sample)
+    if latents.is_cuda:
+        yield "TF32 convolutions, torch's default", lambda: vae.decode(latents).sample
     yield row("fp32, channels last", channels_last)
     yield row("bf16", lambda twin: twin, torch.bfloat16)
     yield row("bf16, channels last", channels_last, torch.bfloat16)
@@ -85,7 +106,9 @@ def decode_rows(
     vae: AutoencoderKLWan, latents: Tensor, clock: Clock, repeats: int, with_compile: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Time, peak memory and error of every way, and why a way was left out."""
-    exact, rows, left_out, notes = vae.decode(latents).sample, [], {}, {}
+    with true_fp32():
+        exact = vae.decode(latents).sample
+    rows, left_out, notes = [], {}, {}
     for name, run in variants(vae, latents, with_compile):
         reset_peak(clock.device)
         try:
@@ -106,6 +129,7 @@ def banded_rows(vae: AutoencoderKLWan, latents: Tensor, clock: Clock, repeats: i
 
     Seconds are rank 0's, from a barrier to its whole video; the other ranks wait while it decodes by itself.
     """
+    torch.backends.cudnn.allow_tf32 = False
     exact, found = vae.decode(latents).sample, {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         twin = copy.deepcopy(vae).to(dtype)
