@@ -108,11 +108,20 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def matmul_row(device: torch.device, dtype: torch.dtype, size: int) -> tuple[Row, float]:
-    """A square product of ``size``, and its FLOPs."""
+    """Square products of ``size`` for some milliseconds, and their FLOPs.
+
+    A shorter call would slip between what else a busy CPU does, and its ceiling be higher than what is held against it.
+    """
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return Row(f"matmul {size}", lambda: torch.mm(a, b, out=out)), 2.0 * size**3
+    count = max(1, round(2e9 / (2 * size**3)))
+
+    def products() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    return Row(f"matmul {size}", products), count * 2.0 * size**3
 
 
 def copy_row(device: torch.device, count: int) -> tuple[Row, float]:
