@@ -283,7 +283,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--size", type=int, nargs=2, action="append", metavar=("HEIGHT", "WIDTH"), help="may be repeated"
     )
     parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of a cell; 0: the bare loop alone")
     parser.add_argument("--pairs", type=int, default=12, help="turns of vpae and of the bare loop; 0: none")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as for vpae distill")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, bare, failed = [], [], {}
     print(f"{'recipe, phase, player':<44}{'blocks':>7}{'tokens':>8}{'s a turn':>10}{'GFLOP':>9}{'peak MiB':>10}")
     try:
-        for cell in cells(arguments):
+        for cell in cells(arguments) if arguments.repeats else ():
             label = f"{Path(cell.recipe).stem}, {cell.phase}, {cell.player}"
             found = in_own_process(measure, cell, arguments)
             if isinstance(found, str):
@@ -335,7 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     document = {"benchmark": "train_step", "command": "train_step.py " + " ".join(sys.argv[1:]), "set": arguments.set}
     document |= {"weights": "random", "rows": rows, "against_bare_loop": bare, "failed": failed}
-    target = write_result(f"train_step_{kind}", document, arguments.output)
+    name = f"train_step_{kind}" if arguments.repeats else f"train_step_bare_{kind}"
+    target = write_result(name, document, arguments.output)
     print(json.dumps(json.loads(target.read_text())))
     return 1 if failed else 0
 
