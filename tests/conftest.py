@@ -95,6 +95,7 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
     phase_two = {
         "student_steps": 4,
         "head_per_student": 1,
+        "head_warmup_turns": 0,
         "judge": "unified",
         "taps": None,
         "head": {"kind": "semantic", "width": 16, "num_heads": 2, "queries": 1},

@@ -170,9 +170,7 @@ class IndependentHeads(nn.Module):
     def forward(
         self, features: Sequence[Tensor], grid: tuple[int, int, int], image: Tensor, text: Tensor, text_keep: Tensor
     ) -> Tensor:
-        logits = [
-            head([tap], grid, image, text, text_keep) for head, tap in zip(self.heads, features, strict=True)
-        ]
+        logits = [head([tap], grid, image, text, text_keep) for head, tap in zip(self.heads, features, strict=True)]
         return torch.stack(logits, 1)
 
 

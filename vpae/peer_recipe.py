@@ -27,7 +27,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Dmd2:
-    """DMD2 (arXiv 2405.14867), one step. ``fake_lora: null`` trains all weights of the fake score, as the paper does."""
+    """DMD2 (arXiv 2405.14867), one step. ``fake_lora: null``: all of the fake score's weights, as in the paper."""
 
     kind: Literal["dmd2"]
     student_steps: int
@@ -51,14 +51,14 @@ class Dmd2:
 class Consistency:
     """Consistency distillation on ``grid_steps`` times, uniform under ``grid_shift``.
 
-    ``guidance_scale`` is drawn between its two numbers for every sample; ``target`` is whose prediction is matched: the
+    A guidance scale of ``guidance_range`` is drawn for every sample; ``target`` is whose prediction is matched: the
     student's EMA, or the student itself.
     """
 
     student_steps: int
     grid_steps: int
     grid_shift: float
-    guidance_scale: tuple[float, float]
+    guidance_range: tuple[float, float]
     target: Literal["ema", "student"]
     distance: Literal["huber", "squared"]
     huber_c: float
@@ -111,12 +111,12 @@ class Apt:
 class Ladd:
     """LADD (arXiv 2403.12015): a GAN on the frozen teacher's features, against clips the teacher made.
 
-    ``student_times`` are the noise levels that the student starts from, drawn by ``student_weights``. ``samples: null``
-    takes the data's own clips for real ones.
+    ``student_times`` are the noise levels that the student starts from, drawn by ``student_weights``.
+    ``teacher_samples: null`` takes the data's own clips for real ones.
     """
 
     kind: Literal["ladd"]
-    samples: Samples | None
+    teacher_samples: Samples | None
     student_steps: int
     head_per_student: int
     student_times: tuple[float, ...]
@@ -136,7 +136,7 @@ class Mse:
     """Regression of the teacher's samples on their noise: the floor that every other method has to clear."""
 
     kind: Literal["mse"]
-    samples: Samples
+    teacher_samples: Samples
     student_steps: int
     ema_decay: float
     student_optimiser: Optimiser
@@ -147,7 +147,7 @@ Method = Dmd2 | Apt | Pcm | Ladd | Mse
 
 def samples_of(method: Method) -> Samples | None:
     """The teacher's clips that a method trains on instead of the data's own."""
-    return getattr(method, "samples", None)
+    return getattr(method, "teacher_samples", None)
 
 
 def taps_of(method: Method) -> tuple[tuple[int, ...] | None, str] | None:
@@ -187,5 +187,5 @@ def check(method: Method, student: str, need: Callable[[bool, str], None]) -> No
             min(weights) >= 0 and sum(weights) > 0, "method.student_weights are at least 0, and one of them is above 0"
         )
     if isinstance(method, (Pcm, Apt)) and method.consistency is not None:
-        low, high = method.consistency.guidance_scale
-        need(0 <= low <= high, "method.consistency.guidance_scale is a range: at least 0, the smaller number first")
+        low, high = method.consistency.guidance_range
+        need(0 <= low <= high, "method.consistency.guidance_range is a range: at least 0, the smaller number first")

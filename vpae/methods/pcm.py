@@ -73,7 +73,7 @@ class Pcm:
 
     def pair(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``x_t``, ``t`` and the target that ``f(x_t, t)`` is to match."""
-        k, (low, high) = self._index(batch, "grid") + 1, self.settings.guidance_scale
+        k, (low, high) = self._index(batch, "grid") + 1, self.settings.guidance_range
         t, s = self.grid_time(k), self.grid_time(k - 1)
         x_t = interpolate(batch.x0, batch.draws.normal_like("noise", batch.x0), t)
         with torch.no_grad():
