@@ -59,10 +59,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     preflight_distill(recipe, processes)
     open_folder(folder, recipe, resume, processes)
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
-    data: Cache | TeacherSamples = prepare(recipe.data, encoders, processes)
-    encoders.keep_vae()
-    if isinstance(recipe, Peer) and samples_of(recipe.method) is not None:
-        data = prepare_samples(recipe, data, encoders, processes)
+    data = open_data(recipe, encoders, processes)
     phases = phases_of(recipe)
     for before, phase in zip((None, *phases), phases, strict=False):
         if resume and phase != phases[-1] and _is_finished(folder / phase, processes):
@@ -81,6 +78,18 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
         if trainer.stopped:  # in the very last turn
             return False
     return True
+
+
+def open_data(recipe: Distillation, encoders: Encoders, processes: Processes) -> Cache | TeacherSamples:
+    """What the recipe's phases train on: the cache, or the teacher's clips for its conditions; made where missing.
+
+    The encoders keep their VAE alone.
+    """
+    cache = prepare(recipe.data, encoders, processes)
+    encoders.keep_vae()
+    if isinstance(recipe, Peer) and samples_of(recipe.method) is not None:
+        return prepare_samples(recipe, cache, encoders, processes)
+    return cache
 
 
 def preflight_distill(recipe: Distillation, processes: Processes) -> None:
