@@ -26,8 +26,6 @@ class Panel:
 
 PANELS = (
     Panel("Score distillation (VSD) loss", (("student/vsd", "student"),)),
-    Panel("Distance of consistency", (("student/consistency", "student"),)),
-    Panel("Regression of the teacher", (("student/regression", "student"),)),
     Panel(
         "Flow matching of the fake score",
         (("fake_score/flow_matching", "fake score"), ("critic/flow_matching", "fake score")),
@@ -49,6 +47,8 @@ PANELS = (
     Panel("Conditional SDS loss", (("student/c_sds", "student"),)),
     Panel("Finite-difference R1", (("head/st_r1", "head"), ("head/r1", "head"))),
     Panel("Motion, generated over real", (("watch/motion_ratio", "student"),), (1.0,)),
+    Panel("Distance of consistency", (("student/consistency", "student"),)),
+    Panel("Regression of the teacher", (("student/regression", "student"),)),
 )
 
 
