@@ -160,7 +160,7 @@ class SemanticHead(CrossAttentionHead):
         return list(mixed[:, : count * per_tap].unflatten(1, (count, per_tap)).unbind(1))
 
 
-class IndependentHeads(nn.Module):
+class IndependentHeads(Head):
     """A head of its own for every tap, each with its own verdict: logits ``[B, taps]`` (LADD, PCM)."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
@@ -170,7 +170,8 @@ class IndependentHeads(nn.Module):
     def forward(
         self, features: Sequence[Tensor], grid: tuple[int, int, int], image: Tensor, text: Tensor, text_keep: Tensor
     ) -> Tensor:
-        logits = [head([tap], grid, image, text, text_keep) for head, tap in zip(self.heads, features, strict=True)]
+        told = (grid, image, text, text_keep)
+        logits = [self.look(head, [tap], *told) for head, tap in zip(self.heads, features, strict=True)]
         return torch.stack(logits, 1)
 
 

@@ -23,7 +23,7 @@ def build_peer(recipe: Peer, phase: str, cast: Cast, processes: Processes) -> tu
     All networks answer as the teacher does. What a phase takes over from the one before it comes later.
     """
     if phase == "consistency":
-        materialise(cast, processes)
+        materialise(cast, processes, recipe.engine.ema_on)
         networks = {"teacher": cast.teacher, "student": cast.student, "ema": cast.ema}
         return Pcm(recipe.method.consistency, None, **networks), []
     return _BUILD[phase](recipe, cast, processes)
@@ -43,7 +43,7 @@ def _head(
 def _dmd2(recipe: Peer, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     settings = recipe.method
     fake = fake_score(cast, settings.fake_lora, recipe.seed)
-    materialise(cast, processes)
+    materialise(cast, processes, recipe.engine.ema_on)
     head, taps = _head(recipe, settings.head, cast, processes)
     method = Dmd2(
         settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, fake_score=fake, head=head, taps=taps
@@ -54,14 +54,14 @@ def _dmd2(recipe: Peer, cast: Cast, processes: Processes) -> tuple[Method, list[
 def _apt(recipe: Peer, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     settings = recipe.method
     judge = trainable(cast, "judge", student_lora(recipe.student), recipe.seed)
-    materialise(cast, processes)
+    materialise(cast, processes, recipe.engine.ema_on)
     head, taps = _head(recipe, settings.head, cast, processes)
     return Apt(settings, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=taps), [head]
 
 
 def _pcm(recipe: Peer, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     settings, adversary = recipe.method.consistency, recipe.method.adversary
-    materialise(cast, processes)
+    materialise(cast, processes, recipe.engine.ema_on)
     networks = {"teacher": cast.teacher, "student": cast.student, "ema": cast.ema}
     if adversary is None:
         return Pcm(settings, None, **networks), []
@@ -71,14 +71,14 @@ def _pcm(recipe: Peer, cast: Cast, processes: Processes) -> tuple[Method, list[n
 
 def _ladd(recipe: Peer, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     settings = recipe.method
-    materialise(cast, processes)
+    materialise(cast, processes, recipe.engine.ema_on)
     head, taps = _head(recipe, settings.head, cast, processes, independent=True)
     method = Ladd(settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, head=head, taps=taps)
     return method, [head]
 
 
 def _mse(recipe: Peer, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
-    materialise(cast, processes)
+    materialise(cast, processes, recipe.engine.ema_on)
     return Mse(recipe.method, student=cast.student, ema=cast.ema), []
 
 
