@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--whole", action="store_true", help="simulate every block of a deep network (takes minutes)")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan here too")
 
-    distill = commands.add_parser("distill", help="phase I, hand-over, phase II: teacher to one-step student")
+    distill = commands.add_parser("distill", help="teacher to one-step student: V-PAE's phases, or a peer")
     _run_options(distill)
     distill.add_argument("--no-plan-check", action="store_true", help="begin even where the plan says it cannot fit")
 
@@ -161,7 +161,9 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a run's student as a proven diffusers folder or single file")
     export.add_argument("run", type=Path, help="run folder of vpae distill, finished or not")
     export.add_argument("--role", default="ema", choices=("ema", "student"))
-    export.add_argument("--phase", choices=("priming", "equilibrium"), help="default: the last one with a checkpoint")
+    export.add_argument(
+        "--phase", help="of the run: priming, equilibrium, or a peer's (default: the last one with a checkpoint)"
+    )
     export.add_argument(
         "--format",
         default="diffusers",

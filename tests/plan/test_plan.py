@@ -205,7 +205,7 @@ def test_nothing_is_advised_where_nothing_helps(micro_recipe):
 
 def test_other_kinds_of_recipes_and_uneven_machines_are_told():
     teacher = recipes.load(RECIPES / "tiny_teacher.yaml")
-    with pytest.raises(UserError, match="vpae plan plans distillations"):
+    with pytest.raises(UserError, match="vpae plan plans those of kind distill"):
         make_plan(teacher, ONE, GIB)
     student = recipes.load(RECIPES / "wan21_i2v_14b_480p.yaml")
     with pytest.raises(UserError, match="8 GPUs cannot be spread evenly over 3 machines"):

@@ -152,7 +152,7 @@ def make_plan(
         UserError: the recipe is of another kind, or cannot run on these ranks.
     """
     if not isinstance(recipe, Distill):
-        raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; vpae plan plans distillations")
+        raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; vpae plan plans those of kind distill")
     if hardware.ranks % hardware.machines:
         raise UserError(f"{hardware.ranks} GPUs cannot be spread evenly over {hardware.machines} machines")
     shapes = shapes_of(recipe)

@@ -19,7 +19,7 @@ from vpae.engine.host import free_memory
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.plan.shapes import GIB, Shapes, shapes_of
-from vpae.recipe import Distill
+from vpae.recipe import Distill, Distillation
 from vpae.weights import unborn_transformer
 
 _SMALL = 0.25  # of the memory: what is bounded by it is not planned
@@ -27,7 +27,7 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK
 OVERRIDE = "--no-plan-check goes on all the same"
 
 
-def check_room(recipe: Distill, processes: Processes) -> None:
+def check_room(recipe: Distillation, processes: Processes) -> None:
     """Refuse a recipe that cannot fit here; all ranks call it.
 
     On GPUs it is planned with what is free on the fullest of them. On CPUs it is refused where the weights, their
@@ -36,6 +36,8 @@ def check_room(recipe: Distill, processes: Processes) -> None:
     Raises:
         UserError: it does not fit.
     """
+    if not isinstance(recipe, Distill):  # a peer's recipe, which is not planned
+        return
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes.device.type == "cuda":
         memory = min(processes.gather(torch.cuda.mem_get_info(processes.device)[0]))

@@ -31,9 +31,8 @@ from vpae.engine.layout import placed
 from vpae.engine.parallel import Processes, local
 from vpae.engine.trainer import Run, Trainer
 from vpae.files import write_json
-from vpae.heads import build_head
 from vpae.methods.base import Method, Player
-from vpae.models import Cast, distillation_cast, give_shards
+from vpae.models import Cast, distillation_cast, give_shards, head_of
 from vpae.plan.ledger import HOST, Ledger
 from vpae.plan.shapes import Shapes
 from vpae.recipe import Distill
@@ -208,7 +207,7 @@ def _simulate(
 
     def built(*args: Any, **kwargs: Any) -> nn.Module:
         with mode, ledger.open():
-            return build_head(*args, **kwargs)
+            return head_of(*args, **kwargs)
 
     cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
     method, heads = method_of(recipe, phase, cast, processes, born, built)
