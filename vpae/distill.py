@@ -102,7 +102,7 @@ def _is_finished(recipe: Distill, phase: str, folder: Path, processes: Processes
     if phase == "equilibrium" or recipe.equilibrium is None:
         return False
     found = checkpoints.find_agreed(folder / phase / "checkpoints", processes)
-    return found is not None and found.turn >= found.state["turns"]
+    return found is not None and found.turn >= found.part("turns", int)
 
 
 def build_phase(
@@ -197,16 +197,14 @@ def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, pr
     if found is None:
         raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
     shape = tuple(trainer.run.identity["latent_shape"])
-    theirs, mine = found.state["identity"], _identity(recipe, data or "", shape, "priming")
+    theirs, mine = found.part("identity", dict), _identity(recipe, data or "", shape, "priming")
     if data is None:
         theirs, mine = ({key: of.get(key) for key in ("teacher", "student", "latent_shape")} for of in (theirs, mine))
     difference = first_difference(theirs, mine)
     if difference:
         raise UserError(f"phase II cannot go on from phase I in {priming}: {difference}")
-    if found.turn < found.state["turns"]:
-        raise UserError(
-            f"phase I in {priming} stopped at turn {found.turn} of {found.state['turns']}; finish it with --resume"
-        )
+    if found.turn < (turns := found.part("turns", int)):
+        raise UserError(f"phase I in {priming} stopped at turn {found.turn} of {turns}; finish it with --resume")
     player = trainer.method.players["student"]
     targets = {f"ema.{name}": p.detach() for name, p in player.ema.parameters.items()}
     checkpoints.load(found, targets, processes)

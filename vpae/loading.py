@@ -118,7 +118,8 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
 
 def _check_base(found: checkpoints.Checkpoint, pipeline: Path) -> None:
     """Adapters, and the encoders around any student, belong to the teacher they were trained beside."""
-    there, here = found.state["identity"]["teacher"]["weights"], weights_fingerprint(pipeline)
+    teacher, here = found.part("identity", dict).get("teacher"), weights_fingerprint(pipeline)
+    there = teacher.get("weights") if isinstance(teacher, dict) else None
     if there != here:
         raise UserError(
             f"{found.folder} was distilled from a teacher of other weights ({there}) than {pipeline} holds now "
