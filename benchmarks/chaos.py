@@ -4,14 +4,15 @@
     python benchmarks/chaos.py recipes/quickstart.yaml --set priming.student_steps=12 equilibrium.student_steps=24
 
 Without a recipe: quickstart.yaml shortened, on a pipeline of random weights, small enough for fifty kills in half an
-hour. A *life* is a cache, a distillation and two exports (diffusers, wan), each command given again until it comes to
-its end. One life is left alone. The others are killed by turns in the places of ``PLAN``, at moments drawn from (seed,
-number of the try), a quarter of them anywhere, imports included; with several ranks a third of the kills take one rank
-alone, and the rest falls as it may. A kill that comes too late for its place is made up for in the next life. At its
-end each life is compared with the undisturbed one: every file of the cache, every tensor of every checkpoint kept and
-its counters, every log line but for its seconds, every picture, every tensor and file of the exports and whether their
-proofs are theirs. What was lost, doubled or differs is named. Interrupted, it goes on with ``--resume``. Writes
-benchmarks/results/chaos.json.
+hour. A *life* is a cache, a distillation and an export, each command given again until it comes to its end. One life is
+left alone (and exports twice). The others, with one kind of export each by turns, are killed in the places of ``PLAN``,
+at moments drawn from (seed, number of the try), a quarter of them anywhere, imports included; with several ranks a
+third of the kills take one rank alone, and the rest falls as it may. A kill that comes too late for its place is made
+up for in the next life. At its end each life is compared with the undisturbed one: every file of the cache, every
+tensor of every checkpoint kept and its counters, every log line but for its seconds, every picture, every tensor and
+file of the export and whether its proof is its own. What was lost, doubled or differs is named. Interrupted, it goes on
+with ``--resume``. ``--fork`` saves the seconds of imports before every kill, which are then not among the moments.
+Writes benchmarks/results/chaos.json.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -77,6 +79,8 @@ class Life:
     recipe: str
     overrides: tuple[str, ...]
     ranks: int
+    exports: tuple[str, ...]
+    fork: bool
 
     def command(self, what: str) -> list[str]:
         if what in EXPORTS:
@@ -86,7 +90,7 @@ class Life:
 
     def start(self, what: str) -> Ranks:
         self.folder.mkdir(parents=True, exist_ok=True)
-        return start(self.command(what), 1 if what in EXPORTS else self.ranks, self.folder)
+        return start(self.command(what), 1 if what in EXPORTS else self.ranks, self.folder, fork=self.fork)
 
     def drafts(self, what: str) -> list[Path]:
         """What is half written now, by the names that half-written things have."""
@@ -100,7 +104,6 @@ class Life:
 
 
 EXPORTS = {"diffusers": "student", "wan": "student.safetensors"}
-COMMANDS = ("cache", "run", *EXPORTS)
 
 
 def moved(path: Path) -> Callable[[], bool]:
@@ -129,7 +132,7 @@ def written(life: Life, what: str, count: int) -> Callable[[], bool]:
 
 def strike(life: Life, place: str, usual: dict[str, float], chance: random.Random) -> dict[str, Any] | None:
     """Start a command or go on with it, kill it in ``place`` and say when; None where it came to its end before."""
-    what = {"cache": "cache", "export": chance.choice(list(EXPORTS))}.get(place, "run")
+    what = {"cache": "cache", "export": life.exports[-1]}.get(place, "run")
     draft = what if what != "run" else place.split()[-1]
     began = time.monotonic()
     if place.startswith("writing"):
@@ -177,7 +180,7 @@ def _held(path: Path) -> list[str] | int:
 def undisturbed(life: Life) -> dict[str, float]:
     """Live once without a kill; returns the usual seconds of each command, phase and checkpoint."""
     usual: dict[str, float] = {}
-    for what in COMMANDS:
+    for what in ("cache", "run", *life.exports):
         began, ranks = time.monotonic(), life.start(what)
         marks: dict[Path, float] = {}
         lengths: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -257,8 +260,15 @@ def content(life: Life) -> Iterator[tuple[str, str]]:
 def compared(whole: dict[str, str], life: Life) -> dict[str, list[str]]:
     """Names that are in the undisturbed life alone, in this one alone, and in both with another content."""
     mine = dict(content(life))
+    ending = {"diffusers": "/", "wan": "."}
+    others = tuple(f"student{ending[what]}" for what in EXPORTS if what not in life.exports)
+    whole = {name: value for name, value in whole.items() if not name.startswith(others)}
     differing = [name for name in whole if name in mine and whole[name] != mine[name]]
-    return {"lost": sorted(whole - mine.keys()), "more": sorted(mine.keys() - whole), "differing": differing}
+    return {
+        "lost": sorted(whole.keys() - mine.keys()),
+        "more": sorted(mine.keys() - whole.keys()),
+        "differing": differing,
+    }
 
 
 def main() -> None:
@@ -267,6 +277,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fork", action="store_true", help="commands start from this process, with all imported")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted benchmark")
     parser.add_argument("--result", default="chaos", help="name of the file in benchmarks/results")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[])
@@ -274,36 +285,42 @@ def main() -> None:
     root = (Path("outputs") / arguments.result).resolve()
     if not arguments.resume:
         shutil.rmtree(root, ignore_errors=True)
+    if arguments.fork:
+        from diffusers import AutoencoderKLWan, WanImageToVideoPipeline  # noqa: F401
+        from transformers import CLIPVisionModel, UMT5EncoderModel  # noqa: F401
+
+        import vpae.commands
+        import vpae.distill  # noqa: F401  and all that they import, diffusers' lazy classes among them
     overrides = tuple(arguments.overrides)
     if arguments.recipe is None:
-        sys.path.append(str(ROOT / "tests"))
-        from conftest import make_pipeline
-
         if not (root / "pipeline" / "model_index.json").is_file():
-            make_pipeline(root / "pipeline")
+            code = "import sys, pathlib; from conftest import make_pipeline; make_pipeline(pathlib.Path(sys.argv[1]))"
+            subprocess.run([sys.executable, "-c", code, str(root / "pipeline")], check=True, cwd=ROOT / "tests")
         micro = MICRO | {"teacher.path": root / "pipeline"}
         overrides = (*(f"{key}={value}" for key, value in micro.items()), *overrides)
     path = (arguments.recipe or ROOT / "recipes" / "quickstart.yaml").resolve()
     name = recipes.load(path, overrides).name
 
-    def life(word: object) -> Life:
-        return Life(root / str(word), str(path), overrides, arguments.ranks)
+    def life(number: int | None = None) -> Life:
+        exports = tuple(EXPORTS) if number is None else (list(EXPORTS)[number % len(EXPORTS)],)
+        folder = root / ("undisturbed" if number is None else f"life{number}")
+        return Life(folder, str(path), overrides, arguments.ranks, exports, arguments.fork)
 
     progress = root / "progress.json"
     if progress.is_file():
         state = json.loads(progress.read_text())
     else:
-        state = {"usual": undisturbed(life("undisturbed")), "lives": [{"kills": [], "tried": 0}]}
+        state = {"usual": undisturbed(life()), "lives": [{"kills": [], "tried": 0}]}
         write_json(progress, state)
     usual, lives, began = state["usual"], state["lives"], time.monotonic()
     print(f"undisturbed, seconds: {usual}", flush=True)
-    whole = dict(content(life("undisturbed")))
+    whole = dict(content(life()))
 
     def hits() -> int:
         return sum(len(of["kills"]) for of in lives)
 
     while True:
-        current, mine = lives[-1], life(f"life{len(lives) - 1}")
+        current, mine = lives[-1], life(len(lives) - 1)
         while current["tried"] < len(PLAN) and hits() < arguments.kills:
             place = PLAN[current["tried"]]
             found = strike(mine, place, usual, random.Random(f"{arguments.seed} {sum(of['tried'] for of in lives)}"))
@@ -312,7 +329,7 @@ def main() -> None:
                 current["kills"].append(found)
                 print(f"kill {hits()} of {arguments.kills}: {found}", flush=True)
             write_json(progress, state)
-        for what in COMMANDS:
+        for what in ("cache", "run", *mine.exports):
             ended(mine.start(what))
         current |= compared(whole, mine)
         counts = ", ".join(f"{len(current[key])} {key}" for key in ("lost", "more", "differing"))
@@ -335,6 +352,7 @@ def main() -> None:
         "overrides": [text.replace(f"{root}/", "") for text in overrides],
         "ranks": arguments.ranks,
         "seed": arguments.seed,
+        "forked_after_imports": arguments.fork,
         "usual_seconds": usual,
         "kills": len(kills),
         "kills_by_place": dict(Counter(found["place"] for found in kills)),
