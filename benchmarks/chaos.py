@@ -95,7 +95,7 @@ class Life:
     def drafts(self, what: str) -> list[Path]:
         """What is half written now, by the names that half-written things have."""
         if what == "cache":
-            found = [*self.folder.glob("cache/*.partial"), *self.folder.glob("cache/.*.tmp")]
+            found = [*self.folder.glob("cache/*.partial"), *self.folder.glob("cache/.*tmp*")]
         elif what in EXPORTS:
             found = [*self.folder.glob("student.partial*"), *self.folder.glob(".student*partial*")]
         else:
@@ -252,9 +252,9 @@ def content(life: Life) -> Iterator[tuple[str, str]]:
             yield from tensors(path, name)
         elif path.is_file():
             yield name, sha256(path)
-    for what in ("cache", *PHASES, *EXPORTS):
-        for path in life.drafts(what):
-            yield f"left behind: {path.relative_to(life.folder)}", ""
+    left = {*life.folder.rglob(".*"), *(path for what in ("cache", *PHASES, *EXPORTS) for path in life.drafts(what))}
+    for path in left:
+        yield f"left behind: {path.relative_to(life.folder)}", ""
 
 
 def compared(whole: dict[str, str], life: Life) -> dict[str, list[str]]:

@@ -41,7 +41,8 @@ MANIFEST, NULL_TEXT, PROBE, REPORT = "manifest.json", "null_text.safetensors", "
 STAMP, STOP = "building.json", "stop"
 # all that a folder may hold while a cache is built in it
 OURS = re.compile(
-    r"lock|building\.json|stop|clips\.jsonl|(null_text|probe)\.safetensors|shard-\d{5,}\.(safetensors|partial)|\..*\.tmp"
+    r"lock|building\.json|stop|clips\.jsonl|(null_text|probe)\.safetensors|shard-\d{5,}\.(safetensors|partial)"
+    r"|\..*\.tmp|\.tmp\w{6}"  # the last: safetensors' own, which a kill leaves
 )
 _ENCODE_BATCH = 8
 _MOST_CLIPS, _MOST_BYTES, _FEWEST_SHARDS = 256, 32_000_000, 64
@@ -141,7 +142,7 @@ def _stamp(job: Build) -> list[int]:
             made_with = list(plain["made_with"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    for stale in [*job.folder.glob("*.partial"), *job.folder.glob(".*.tmp"), job.folder / STOP]:
+    for stale in [*job.folder.glob("*.partial"), *job.folder.glob(".*tmp*"), job.folder / STOP]:
         stale.unlink(missing_ok=True)
     if not made_with:
         for stale in job.folder.glob("shard-*"):
