@@ -7,7 +7,9 @@ Mistakes of the list itself (no JSON, no such column, a path that leaves the fol
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,7 @@ from vpae.data.videos import Readable
 from vpae.errors import UserError
 
 CAPTIONS, CAPTIONS_CSV = "captions.jsonl", "captions.csv"
+_LINE_END = re.compile(r"\r\n?|\n")  # str.splitlines() knows seven more, which captions may hold
 SUFFIXES = tuple(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv".split())
 
 
@@ -118,7 +121,7 @@ def _only_once(clips: list[Named]) -> Iterator[Named]:
 def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
     csv_file = path.suffix.lower() == ".csv"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # line ends as they are: a CSV's caption may hold some
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a JSONL or CSV file, or a folder of videos"
@@ -144,16 +147,16 @@ def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
 
 
 def _json_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_LINE_END.split(text), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            at = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            )
+        except (ValueError, RecursionError) as error:
+            at = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+            if isinstance(error, json.JSONDecodeError):
+                at = f"{error.msg} at column {error.colno}"
             raise UserError(f"{where}: not JSON ({at}); write one object a line") from error
         if not isinstance(entry, dict):
             raise UserError(f'{where}: not an object; write {{"{columns[0]}": ..., "{columns[1]}": ...}}')
@@ -161,7 +164,7 @@ def _json_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tupl
 
 
 def _csv_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = reader.fieldnames or []
         missing = [c for c in columns if c not in header]
