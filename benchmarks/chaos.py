@@ -208,9 +208,9 @@ def undisturbed(life: Life) -> dict[str, float]:
 
 
 def timeless(value: Any) -> Any:
-    """A plain value without what a clock said; of a text that is a digest of such, nothing."""
+    """A plain value without what a clock said, nor the checksums of texts that hold it."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if "seconds" not in k and k not in ("digest", "crc32")}
+        return {k: timeless(v) for k, v in value.items() if "seconds" not in k and k not in ("sha256", "crc32")}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
@@ -331,8 +331,7 @@ def main() -> None:
             write_json(progress, state)
         for what in ("cache", "run", *mine.exports):
             ended(mine.start(what))
-        current |= compared(whole, mine)
-        counts = ", ".join(f"{len(current[key])} {key}" for key in ("lost", "more", "differing"))
+        counts = ", ".join(f"{len(names)} {key}" for key, names in compared(whole, mine).items())
         print(f"life {len(lives)}: {len(current['kills'])} kills, {len(whole)} compared: {counts}", flush=True)
         state["seconds"] = state.get("seconds", 0) + time.monotonic() - began
         began = time.monotonic()
@@ -342,9 +341,15 @@ def main() -> None:
             sys.exit("the commands end before they can be killed; make them longer")
         lives.append({"kills": [], "tried": 0})
         write_json(progress, state)
+    for number, of in enumerate(lives):
+        of |= compared(whole, life(number))
     kills = [found for of in lives for found in of["kills"]]
-    wrong = [f"life {i}: {key}: {name}" for i, of in enumerate(lives) for key in ("lost", "more", "differing")
-             for name in of[key]]  # fmt: skip
+    wrong = [
+        f"life {i}: {key}: {name}"
+        for i, of in enumerate(lives)
+        for key in ("lost", "more", "differing")
+        for name in of[key]
+    ]
     inside = Counter(found["place"] for found in kills if found["half_written"])
     document = {
         "benchmark": "chaos",
