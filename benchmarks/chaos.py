@@ -335,6 +335,7 @@ def main() -> None:
         print(f"life {len(lives)}: {len(current['kills'])} kills, {len(whole)} compared: {counts}", flush=True)
         state["seconds"] = state.get("seconds", 0) + time.monotonic() - began
         began = time.monotonic()
+        write_json(progress, state)
         if hits() >= arguments.kills:
             break
         if len(lives) > arguments.kills:
@@ -344,12 +345,8 @@ def main() -> None:
     for number, of in enumerate(lives):
         of |= compared(whole, life(number))
     kills = [found for of in lives for found in of["kills"]]
-    wrong = [
-        f"life {i}: {key}: {name}"
-        for i, of in enumerate(lives)
-        for key in ("lost", "more", "differing")
-        for name in of[key]
-    ]
+    faults = [(i, key, name) for i, of in enumerate(lives) for key in ("lost", "more", "differing") for name in of[key]]
+    wrong = [f"life {i}: {key}: {name}" for i, key, name in faults]
     inside = Counter(found["place"] for found in kills if found["half_written"])
     document = {
         "benchmark": "chaos",

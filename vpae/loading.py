@@ -16,10 +16,12 @@ from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import alone, device_of_rank
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
+from vpae.files import is_path
 from vpae.models import find_model, fresh_transformer, weights_fingerprint, wrap
 from vpae.recipe import Distill, Engine, FinetuneFlow, Teacher
 from vpae.roles import Role, add_lora
 from vpae.runs import PHASES, RECIPE
+from vpae.strict import shown
 
 ROLES = ("student", "ema", "teacher", "fake_score", "judge")
 
@@ -71,6 +73,8 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     Raises:
         UserError: it is neither, or has no such role or no checkpoint yet.
     """
+    if not is_path(str(path / RECIPE)):
+        raise UserError(f"{shown(str(path))} cannot be the path of a model")
     if (path / RECIPE).is_file() and not (path / "model_index.json").is_file():
         return _from_run(path, role or "ema", phase)
     if role not in (None, "teacher"):

@@ -16,9 +16,11 @@ from vpae.draws import seed_of
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
+from vpae.files import is_path
 from vpae.recipe import Distill, Engine, Lora, Student, Teacher
 from vpae.released import TRANSFORMERS
 from vpae.roles import Role, add_lora, copy_weights, full_copy
+from vpae.strict import shown
 from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
 
 
@@ -28,6 +30,8 @@ def find_model(path: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not is_path(path):
+        raise UserError(f"{shown(path)} cannot be the path of a model")
     direct = Path(path)
     if direct.is_dir():
         return direct

@@ -168,7 +168,10 @@ def _fault(value: Any) -> str:
         elif isinstance(item, int):
             if not -_LARGEST <= item < _LARGEST:
                 return "a whole number of more than 64 bits"
-        elif item is not None and not isinstance(item, float):
+        elif isinstance(item, float):
+            if not abs(item) < float("inf"):
+                return f"{item}, which is no finite number"
+        elif item is not None:
             return f"{shown(item)}, a {kind_of(item)}; write numbers, text, lists and mappings"
     return ""
 

@@ -85,7 +85,7 @@ def test_a_manifest_of_any_content_signed_anew(count, made, tmp_path):
         if not isinstance(opened, UserError):
             assert len(_content(opened)) == len(opened) == 5
             assert all(opened.name(i) and opened.caption(i) for i in range(5))
-        outcome(lambda: cache_dataset(cache.folder)[:])
+        outcome(lambda: cache_dataset(cache.folder))
 
 
 @cases(15, 800)

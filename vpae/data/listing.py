@@ -114,6 +114,8 @@ def _only_once(clips: list[Named]) -> Iterator[Named]:
     for clip in clips:
         if clip.name in first and not clip.fault:
             clip = replace(clip, fault=f"{clip.name} is named twice; name each clip once")
+        if not clip.fault.isprintable():  # names may hold line ends
+            clip = replace(clip, fault="".join(c if c.isprintable() else repr(c)[1:-1] for c in clip.fault))
         first.setdefault(clip.name, clip.name)
         yield clip
 
@@ -206,6 +208,8 @@ def _check_inside(folder: Path, file: str, where: str) -> None:
 def _named(folder: Path, file: str, caption: Any, column: str, where: str) -> Named:
     _check_inside(folder, file, where)
     relative, path = PurePosixPath(file), folder / file
+    if not relative.name:
+        raise UserError(f"{where}: {file!r} names no file; mend the name")
     name, text = str(relative.with_suffix("")), caption.strip() if isinstance(caption, str) else ""
     fault = ""
     if not text:
@@ -241,6 +245,8 @@ def _folder(folder: Path) -> Listing:
             )
         except UnicodeDecodeError:
             caption, fault = "", f"{beside}: is not UTF-8 text; save it as UTF-8"
+        except OSError as error:
+            caption, fault = "", f"{beside}: cannot be read ({error.strerror}); write the clip's caption into it"
         if fault:
             clips.append(Named(str(PurePosixPath(file).with_suffix("")), "", video, fault=fault))
         else:
