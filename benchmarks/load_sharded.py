@@ -79,7 +79,7 @@ def worker(folder: Path) -> None:
     transformer = unborn_transformer(config)
     store_as(transformer, "bf16")
     teacher = Teacher(str(folder), "bf16", "native", False)
-    engine = Engine(1, 1, "fsdp", "bf16", True, False, 1, 1, 1, 1, 1)
+    engine = Engine(1, 1, "fsdp", 1, "bf16", True, False, "fp32", "device", 1, 1, 1, 1, False, 1)
     backbone = wrap(transformer, teacher, engine)
     shard_backbone(backbone, processes)
     give_memory(backbone, processes)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -355,3 +356,21 @@ def test_a_section_that_a_yaml_alias_puts_into_itself(micro_recipe, tmp_path):
         recipes.load(path)
     with pytest.raises(UserError, match="the value is not valid YAML"):
         recipes.load(path, ("seed=" + "[" * 5000,))
+
+
+def test_a_stored_recipe_of_an_earlier_version_is_completed_and_a_new_one_is_not(plain, tmp_path):
+    old = copy.deepcopy(plain)
+    for key in recipes.ADDED["engine"]:
+        del old["engine"][key]
+    for phase in ("priming", "equilibrium"):
+        for name, section in old[phase].items():
+            if name.endswith("optimiser"):
+                del section["eps"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(old))
+    assert recipes.load_stored(path) == recipes.from_plain(plain, "")
+    with pytest.raises(UserError, match=r"missing key 'priming\.student_optimiser\.eps'"):
+        recipes.load(path)
+    old["engine"]["sequence_parallel"] = 4  # what it does say stays
+    path.write_text(yaml.safe_dump(old))
+    assert recipes.load_stored(path).engine.sequence_parallel == 4

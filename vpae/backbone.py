@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpae.conditioning import TEXT_LENGTH, Condition, pad_text
 from vpae.folding import FoldedTextProcessor
+from vpae.sequence import SequenceGroup, split_tokens
 
 TRAIN_TIMESTEPS = 1000  # the network's time input is 1000 t
 
@@ -76,6 +77,7 @@ class Backbone(nn.Module):
         self.fold_text_padding = fold_text_padding
         _keep_dtype_of_queries(transformer)
         self._text_rows = FoldedTextProcessor.install(transformer) if fold_text_padding else [0]
+        self.sequence: SequenceGroup | None = None
         self.adapter: str | None = None
         self.adapter_seeds: dict[str, int] = {}  # of every LoRA on it, by name: what its first weights are drawn from
 
@@ -83,6 +85,12 @@ class Backbone(nn.Module):
     def feature_dim(self) -> int:
         config = self.transformer.config
         return config.num_attention_heads * config.attention_head_dim
+
+    def share_tokens(self, sequence: SequenceGroup) -> None:
+        """From now on, compute each clip together with the other ranks of ``sequence``, which are all asked alike."""
+        if self.sequence is None:
+            split_tokens(self.transformer, sequence)
+            self.sequence = sequence
 
     def enable_checkpointing(self) -> None:
         """Recompute each block in the backward pass, with the adapter and text rows of the forward pass."""
@@ -195,7 +203,8 @@ class Backbone(nn.Module):
             )
         pt, ph, pw = self.transformer.config.patch_size
         grid = (x_t.shape[2] // pt, x_t.shape[3] // ph, x_t.shape[4] // pw)
-        return Prediction(None if taps and stop_at_last_tap else velocity.float(), [store[k] for k in taps], grid)
+        features = [store[k] if self.sequence is None else self.sequence.gather(store[k]) for k in taps]
+        return Prediction(None if taps and stop_at_last_tap else velocity.float(), features, grid)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,7 +16,8 @@ from vpae.data.encoders import Encoders, transformer_config
 from vpae.data.sources import open_source
 from vpae.draws import generator_of, seed_of
 from vpae.engine import checkpoint as checkpoints
-from vpae.engine.parallel import Processes, placed, shard_module
+from vpae.engine.layout import placed
+from vpae.engine.parallel import Processes, shard_module
 from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
@@ -28,6 +29,7 @@ from vpae.methods.priming import Priming
 from vpae.models import (
     Cast,
     check_fit,
+    check_tokens,
     compile_blocks,
     distillation_cast,
     fake_score,
@@ -39,7 +41,7 @@ from vpae.models import (
 )
 from vpae.recipe import Distill
 from vpae.roles import copy_weights
-from vpae.runs import PHASES, first_difference, open_folder
+from vpae.runs import PHASES, first_difference, open_folder, stored_identity
 
 
 def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Processes) -> bool:
@@ -50,7 +52,7 @@ def distill(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proce
     """
     if not isinstance(recipe, Distill):
         raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae finetune")
-    processes = placed(processes, recipe.engine.parallel)
+    processes = placed(processes, recipe.engine)
     preflight_distill(recipe, processes)
     open_folder(folder, recipe, resume, processes)
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
@@ -81,10 +83,13 @@ def preflight_distill(recipe: Distill, processes: Processes) -> None:
     Raises:
         UserError: there is something.
     """
-    open_source(recipe.data.source)
+    source = open_source(recipe.data.source)
+    pipeline = find_model(recipe.teacher.path)
+    config = transformer_config(pipeline)
+    check_tokens(config, pipeline, source.shape, processes)
     fp32 = ""
     if recipe.equilibrium is not None:
-        _taps(recipe.equilibrium.taps, transformer_config(find_model(recipe.teacher.path))["num_layers"])
+        _taps(recipe.equilibrium.taps, config["num_layers"])
         r1 = recipe.equilibrium.r1
         fp32 = "equilibrium.r1.precision: fp32" if r1.weight > 0 and r1.precision == "fp32" else ""
     preflight(recipe.teacher, recipe.engine, processes, fp32)
@@ -112,6 +117,8 @@ def build_phase(
     cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
     check_fit(cast.teacher.backbone.transformer, cache, recipe.teacher.path)
     method, heads = (_priming if phase == "priming" else _equilibrium)(recipe, cast, processes)
+    for head in heads:
+        head.checkpointing = recipe.engine.checkpointing
     if recipe.engine.compile:
         compile_blocks(cast.backbones)
     gallery = Gallery(
@@ -197,7 +204,7 @@ def hand_over(recipe: Distill, run: Path, trainer: Trainer, data: str | None, pr
     if found is None:
         raise UserError(f"phase II needs phase I, and {priming} holds no checkpoint; run both, or set priming: null")
     shape = tuple(trainer.run.identity["latent_shape"])
-    theirs, mine = found.part("identity", dict), _identity(recipe, data or "", shape, "priming")
+    theirs, mine = stored_identity(found.part("identity", dict)), _identity(recipe, data or "", shape, "priming")
     if data is None:
         theirs, mine = ({key: of.get(key) for key in ("teacher", "student", "latent_shape")} for of in (theirs, mine))
     difference = first_difference(theirs, mine)

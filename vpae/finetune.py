@@ -12,11 +12,12 @@ from diffusers import AutoencoderKLWan
 
 from vpae import recipe as recipes
 from vpae.data.cache import prepare
-from vpae.data.encoders import Encoders, load_transformer, quiet, to_pixels
+from vpae.data.encoders import Encoders, load_transformer, quiet, to_pixels, transformer_config
 from vpae.data.sources import Source, open_source
 from vpae.data.tiny import write_encoders
 from vpae.draws import Draws, seed_of
-from vpae.engine.parallel import Processes, placed, shard_backbone, shard_module, whole
+from vpae.engine.layout import placed
+from vpae.engine.parallel import Processes, shard_backbone, shard_module, whole
 from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
@@ -25,7 +26,7 @@ from vpae.files import write_json, writing
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
 from vpae.methods.vae import Frames, VaeMethod
-from vpae.models import check_fit, compile_blocks, fresh_transformer, preflight, wrap
+from vpae.models import check_fit, check_tokens, compile_blocks, fresh_transformer, preflight, wrap
 from vpae.recipe import FinetuneFlow, FinetuneVae
 from vpae.roles import Role, full_copy
 from vpae.runs import environment, open_folder
@@ -216,6 +217,8 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     preflight(recipe.teacher, recipe.engine, processes)
     open_folder(folder, recipe, resume, processes)
     pipeline = assemble(recipe, folder, processes)
+    config = recipe.transformer or transformer_config(pipeline)
+    check_tokens(config, pipeline, open_source(recipe.data.source).shape, processes)
     encoders = Encoders(pipeline, processes.device)
     cache = prepare(recipe.data, encoders, processes)
     encoders.keep_vae()
@@ -276,7 +279,7 @@ def finetune(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proc
     Raises:
         UserError: the recipe is one of distillation, or anything the training finds wrong.
     """
-    processes = placed(processes, recipe.engine.parallel)
+    processes = placed(processes, recipe.engine)
     if isinstance(recipe, FinetuneVae):
         return train_vae(recipe, folder, resume, processes)
     if isinstance(recipe, FinetuneFlow):

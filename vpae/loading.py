@@ -82,7 +82,7 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     folder = path if (path / "model_index.json").is_file() else find_model(str(path))
     transformer = load_transformer(folder)
     stored = folder / RECIPE
-    recipe = recipes.load(stored) if stored.is_file() else None
+    recipe = recipes.load_stored(stored) if stored.is_file() else None
     return Model(Role("model", _plain_backbone(transformer)), folder, recipe, str(folder))
 
 
@@ -94,7 +94,7 @@ def _plain_backbone(transformer) -> Backbone:
 
 
 def _from_run(run: Path, role: str, phase: str | None) -> Model:
-    recipe = recipes.load(run / RECIPE)
+    recipe = recipes.load_stored(run / RECIPE)
     if isinstance(recipe, FinetuneFlow):
         return _from_teacher_run(run, recipe, role)
     if not isinstance(recipe, Distill):

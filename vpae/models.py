@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -20,6 +24,7 @@ from vpae.files import is_path
 from vpae.recipe import Distill, Engine, Lora, Student, Teacher
 from vpae.released import TRANSFORMERS
 from vpae.roles import Role, add_lora, copy_weights, full_copy
+from vpae.sequence import check_split
 from vpae.strict import shown
 from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
 
@@ -104,6 +109,31 @@ def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str 
     exact = "engine.precision: fp32" if engine.precision == "fp32" else fp32
     check_attention_backend(teacher.attention, masks=teacher.fold_text_padding, fp32=exact)
     processes.share(engine.global_batch)
+
+
+def check_tokens(
+    config: Mapping[str, Any], pipeline: Path, shape: tuple[int, int, int] | None, processes: Processes
+) -> None:
+    """Ranks that share clips must be able to split them.
+
+    Args:
+        config: of the transformer.
+        pipeline: folder with the VAE.
+        shape: frames, height and width of the clips, px; None where it is not known before they are read.
+
+    Raises:
+        UserError: tokens or heads do not divide evenly.
+    """
+    if processes.degree == 1 or shape is None:
+        return
+    try:
+        vae = json.loads((pipeline / "vae" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the VAE's config.json in {pipeline}: {error}") from None
+    stride, edge = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    latent = ((shape[0] - 1) // stride + 1, shape[1] // edge, shape[2] // edge)
+    tokens = math.prod(size // patch for size, patch in zip(latent, config.get("patch_size", (1, 2, 2)), strict=True))
+    check_split(processes.degree, heads=config.get("num_attention_heads", 40), tokens=tokens)
 
 
 @dataclass(frozen=True)

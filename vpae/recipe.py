@@ -37,6 +37,7 @@ class Optimiser:
 
     learning_rate: float
     betas: tuple[float, float]
+    eps: float
     weight_decay: float
     warmup_steps: int
     schedule: Literal["constant", "cosine"]
@@ -150,23 +151,33 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run is carried out; only ``global_batch``, ``precision`` and ``compile`` change what is learnt.
+    """How a run is carried out.
+
+    Only ``global_batch``, ``precision``, ``compile`` and ``optimiser_state`` change what is learnt.
 
     ``micro_batch`` is the most samples that a rank computes at once; the rest of its share is accumulated.
-    ``parallel`` says how several ranks hold the weights: ``fsdp`` in shards, gathered block by block, as a large model
-    needs it; ``replicate`` whole on every rank, where only gradients travel, faster where it fits.
+    ``parallel`` says how several ranks hold the weights: ``fsdp`` in shards over all of them, gathered block by block,
+    as a large model needs it; ``hsdp`` in shards over the ranks of one machine, the same on every machine, so that only
+    gradients cross the network; ``replicate`` whole on every rank, where only gradients travel, faster where it fits.
+    ``sequence_parallel`` ranks share each clip's tokens. ``optimiser_state``: precision of Adam's two moments, or
+    ``cpu`` to keep them (in fp32) in the machine's own memory. ``ema_on``: where the EMA that nobody reads in a turn is
+    kept. ``async_checkpoints``: training goes on while a checkpoint is written.
     """
 
     global_batch: int
     micro_batch: int
-    parallel: Literal["fsdp", "replicate"]
+    parallel: Literal["fsdp", "hsdp", "replicate"]
+    sequence_parallel: int
     precision: Literal["fp32", "bf16"]
     checkpointing: bool
     compile: bool
+    optimiser_state: Literal["fp32", "bf16", "int8", "cpu"]
+    ema_on: Literal["device", "cpu"]
     log_every: int
     sample_every: int
     samples: int
     checkpoint_every: int
+    async_checkpoints: bool
     keep_checkpoints: int
 
 
@@ -293,7 +304,13 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Raises:
         UserError: no such file, bad YAML, or any key that is missing, unknown or of the wrong type.
     """
-    path = Path(path)
+    plain = _read(Path(path))
+    for text in overrides:
+        _override(plain, text)
+    return from_plain(plain, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         plain = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -305,9 +322,35 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise UserError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(plain, dict):
         raise UserError(f"{path} is not a recipe: its top level is {kind_of(plain)}, not a mapping of keys")
-    for text in overrides:
-        _override(plain, text)
-    return from_plain(plain, str(path))
+    return plain
+
+
+# keys that recipes of earlier versions lack, by section, and the value that stands for what was done then
+ADDED: dict[str, dict[str, Any]] = {
+    "engine": {"sequence_parallel": 1, "optimiser_state": "fp32", "ema_on": "device", "async_checkpoints": False},
+    "optimiser": {"eps": 1e-8},
+}
+
+
+def completed(plain: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe of an earlier version (or part of one) with the keys that have come since."""
+
+    def filled(name: str, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = {key: filled(key, item) for key, item in value.items()}
+        return ADDED.get("optimiser" if name.endswith("optimiser") else name, {}) | value
+
+    return filled("", plain)
+
+
+def load_stored(path: Path) -> Recipe:
+    """The resolved recipe that a run or an export carries, of this version or an earlier one.
+
+    Raises:
+        UserError: as :func:`load`.
+    """
+    return from_plain(completed(_read(path)), str(path))
 
 
 def from_plain(plain: dict[str, Any], where: str) -> Recipe:
@@ -389,6 +432,10 @@ def _check(recipe: Recipe, where: str) -> None:
         f"engine.global_batch {engine.global_batch} is not a multiple of engine.micro_batch {engine.micro_batch}",
     )
     if isinstance(recipe, FinetuneVae):
+        need(
+            engine.sequence_parallel == 1,
+            "engine.sequence_parallel splits a transformer's tokens: set it to 1 for a VAE",
+        )
         need(
             recipe.training.trained == "all" or recipe.init is not None,
             "training.trained is decoder, so init must name the VAE whose encoder is kept",

@@ -56,7 +56,7 @@ def _holds_work(folder: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     try:
         plain = read_yaml(path.read_text(encoding="utf-8"))
-        return plain if isinstance(plain, dict) else {}
+        return recipes.completed(plain) if isinstance(plain, dict) else {}
     except (OSError, yaml.YAMLError, ValueError):
         raise UserError(f"{path} is damaged; choose another --output") from None
 
@@ -72,7 +72,8 @@ def first_difference(there: Any, here: Any, prefix: str = "", places: tuple[str,
     return "" if there == here else f"{prefix} is {there!r} {places[0]} and {here!r} {places[1]}"
 
 
-_LEARNT = ("global_batch", "precision", "compile")  # keys of section engine that change the numbers
+# keys of section engine that change the numbers
+_LEARNT = ("global_batch", "precision", "compile", "optimiser_state")
 _FREE = ("name", "watch", "evaluate", "evaluate_clips")  # sections that change no weights
 
 
@@ -87,6 +88,11 @@ def what_is_learnt(plain: dict[str, Any]) -> dict[str, Any]:
     if isinstance(plain.get("engine"), dict):
         kept["engine"] = {key: plain["engine"].get(key) for key in _LEARNT}
     return kept
+
+
+def stored_identity(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity in a checkpoint's state, of this version or an earlier one, as this version writes it."""
+    return what_is_learnt(recipes.completed(identity))
 
 
 def environment() -> dict[str, Any]:

@@ -181,6 +181,7 @@ _LARGEST, _DEEPEST, _MOST = 1 << 63, 20, 10_000
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda v: v > 0, "above 0"),
     "betas": (lambda v: all(0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    "eps": (lambda v: v > 0, "above 0"),
     "weight_decay": (lambda v: v >= 0, "at least 0"),
     "warmup_steps": (lambda v: v >= 0, "at least 0"),
     "clip_norm": (lambda v: v is None or v > 0, "above 0, or null"),
@@ -197,7 +198,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "first_frame_weight": (lambda v: v > 0, "above 0"),
 } | dict.fromkeys(
     "steps fake_per_student head_per_student frames batch clips teacher_steps width num_heads queries "
-    "global_batch micro_batch log_every sample_every samples checkpoint_every keep_checkpoints patience".split(),
+    "global_batch micro_batch sequence_parallel log_every sample_every samples checkpoint_every keep_checkpoints "
+    "patience".split(),
     (lambda v: v >= 1, "at least 1"),
 )
 

@@ -12,7 +12,7 @@ from vpae.methods.flow_matching import FlowMatching
 from vpae.recipe import FlowMatching as Settings
 from vpae.recipe import Optimiser
 
-ADAM = Optimiser(1e-3, (0.9, 0.99), 0.0, 0, "constant", None)
+ADAM = Optimiser(1e-3, (0.9, 0.99), 1e-8, 0.0, 0, "constant", None)
 SETTINGS = Settings(steps=10, time=TimeLaw(), text_dropout=0.25, ema_decay=0.9, optimiser=ADAM)
 
 

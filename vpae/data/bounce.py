@@ -56,6 +56,7 @@ _CONSTANTS: dict[str, tuple[Callable[[object], bool], str]] = {
     # a world of counterfactual clips may pull up, one that is captioned "Gravity pulls down." may not
     "gravity": (lambda v: _number(v) and v >= 0, "a number of px/frame^2 downwards, from 0"),
     "wall": (_number, "a number of px"),
+    "unsaid": (lambda v: _number(v) and 0 <= v <= 1, "a probability"),
 }
 
 _DIAGONAL = 2**-0.5
@@ -83,6 +84,8 @@ class World:
         speeds: px/frame at size 64 of each speed word.
         gravity: downward acceleration where the caption says so, px/frame^2 at size 64.
         wall: thickness of the drawn wall, px at size 64.
+        unsaid: probability that a caption keeps a ball's direction and speed to itself. Frame 0 and caption then leave
+            several futures open, of which a model has to choose one and must not show the mean.
     """
 
     size: int = 64
@@ -92,6 +95,7 @@ class World:
     speeds: dict[str, float] = field(default_factory=lambda: {"slowly": 1.0, "steadily": 2.0, "fast": 3.0})
     gravity: float = 0.25
     wall: float = 2.0
+    unsaid: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size < 16 or self.num_frames < 2:
@@ -118,6 +122,8 @@ class World:
     def fingerprint(self) -> dict:
         """All that determines the clips of a split, in the plain values that survive JSON."""
         constants = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if not self.unsaid:  # as it was before worlds could be silent: their caches and names stay good
+            del constants["unsaid"]
         return {"revision": _WORLD_REVISION, **constants}
 
     @classmethod
@@ -157,7 +163,8 @@ class Clip:
         positions: float64 ``[F, N, 2]``, centres (x, y) in px.
         velocities: float64 ``[F, N, 2]``, px/frame.
         radii: float64 ``[F, N]``, px.
-        caption: the text that with frame 0 determines the rest.
+        unsaid: colours of the balls whose motion the caption does not tell.
+        caption: the text that with frame 0 determines the rest, but for them.
     """
 
     world: World
@@ -168,6 +175,7 @@ class Clip:
     positions: np.ndarray
     velocities: np.ndarray
     radii: np.ndarray
+    unsaid: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -179,26 +187,29 @@ class Clip:
 
     @cached_property
     def caption(self) -> str:
-        return write_caption(self.balls, self.gravity)
+        return write_caption(self.balls, self.gravity, self.unsaid)
 
     @cached_property
     def frames(self) -> np.ndarray:
         return render(self.world, self.colours, self.positions, self.radii)
 
 
-def write_caption(balls: tuple[Ball, ...], gravity: bool) -> str:
-    """Say in words what frame 0 cannot show: each ball's direction and speed, and the law."""
-    moves = [f"A {ball.colour} ball moves {ball.direction} {ball.speed}." for ball in balls]
+def write_caption(balls: tuple[Ball, ...], gravity: bool, unsaid: frozenset[str] = frozenset()) -> str:
+    """Say in words what frame 0 cannot show: each ball's direction and speed (but of the ``unsaid``), and the law."""
+    moves = [
+        f"A {ball.colour} ball moves{'' if ball.colour in unsaid else f' {ball.direction} {ball.speed}'}."
+        for ball in balls
+    ]
     return " ".join([*moves, "Gravity pulls down." if gravity else "No gravity."])
 
 
 @dataclass(frozen=True)
 class Motion:
-    """What a caption says of one ball."""
+    """What a caption says of one ball; direction and speed are None where it only says that it moves."""
 
     colour: str
-    direction: str
-    speed: str
+    direction: str | None
+    speed: str | None
 
 
 def read_caption(caption: str) -> tuple[tuple[Motion, ...], bool]:
@@ -216,15 +227,15 @@ def read_caption(caption: str) -> tuple[tuple[Motion, ...], bool]:
     for sentence in sentences[:-1]:
         words = sentence.split()
         if (
-            len(words) != 6
+            len(words) not in (4, 6)
             or (words[0], words[2], words[3]) != ("A", "ball", "moves")
             or words[1] not in COLOURS
-            or words[4] not in DIRECTIONS
+            or (words[4:] and words[4] not in DIRECTIONS)
         ):
             raise ValueError(f"not a Bounce caption (sentence {sentence!r}): {caption!r}")
         if words[1] in {motion.colour for motion in motions}:
             raise ValueError(f"not a Bounce caption (two balls that are {words[1]}): {caption!r}")
-        motions.append(Motion(words[1], words[4], words[5]))
+        motions.append(Motion(words[1], *(words[4:] or (None, None))))
     return tuple(motions), sentences[-1] == "Gravity pulls down"
 
 
@@ -263,21 +274,26 @@ def make_clip(world: World, split: str, index: int) -> Clip:
     directions = rng.choice(list(DIRECTIONS), size=count)
     speeds = rng.choice(list(world.speeds), size=count)
     gravity = bool(rng.random() < 0.5)
+    # drawn last, so that the clips of a world are the same whatever is said of them
+    unsaid = frozenset(str(c) for c, draw in zip(colours, rng.random(count), strict=True) if draw < world.unsaid)
     balls = tuple(
         Ball(str(c), str(d), str(s), float(r), (float(p[0]), float(p[1])))
         for c, d, s, r, p in zip(colours, directions, speeds, radii, centres, strict=True)
     )
     positions, velocities = simulate(world, balls, gravity)
     shape = (world.num_frames, count)
-    return Clip(world, split, index, balls, gravity, positions, velocities, np.broadcast_to(radii, shape).copy())
+    radii = np.broadcast_to(radii, shape).copy()
+    return Clip(world, split, index, balls, gravity, positions, velocities, radii, unsaid)
 
 
 def initial_velocity(world: World, motion: Ball | Motion) -> np.ndarray:
     """Velocity ``[2]`` in px/frame that the words of a caption stand for.
 
     Raises:
-        ValueError: a speed that this world has no word for.
+        ValueError: nothing is said, or a speed that this world has no word for.
     """
+    if motion.direction is None:
+        raise ValueError(f"nothing is said of how the {motion.colour} ball moves")
     if motion.speed not in world.speeds:
         raise ValueError(f"no speed is called {motion.speed!r} in this world; it has {', '.join(world.speeds)}")
     return np.array(DIRECTIONS[motion.direction]) * world.speeds[motion.speed] * world.scale

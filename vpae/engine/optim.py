@@ -18,7 +18,12 @@ def build_optimiser(player: Player) -> torch.optim.AdamW:
     settings = player.optimiser
     parameters = list(player.parameters.values())
     optimiser = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        foreach=True,
     )
     for parameter in parameters:
         optimiser.state[parameter] = {

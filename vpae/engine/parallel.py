@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from vpae.backbone import Backbone
 from vpae.errors import UserError
+from vpae.sequence import SequenceGroup
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Echo(UserError):
 
 
 # ranks wait for each other while clips are encoded, a cache is hashed or rank 0 exports: longer than torch expects
-_PATIENCE = timedelta(hours=2)
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,34 @@ class Processes:
         size: number of processes.
         device: where this rank computes.
         mesh: the mesh that weights are sharded over; None for a single process, and where every rank holds them whole.
+            With two dimensions the first is the machines, which hold the same shards.
+        sequence: the ranks that share each clip with this one; None where every rank has its own.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    sequence: SequenceGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def degree(self) -> int:
+        """Ranks that share a clip."""
+        return 1 if self.sequence is None else self.sequence.degree
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts a batch is split; ranks that share clips have the same part."""
+        return self.size // self.degree
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these parts is this rank's."""
+        return self.rank // self.degree
 
     def share(self, batch: int) -> int:
         """Samples of a global ``batch`` that each rank sees.
@@ -61,11 +80,13 @@ class Processes:
         Raises:
             UserError: it cannot be split evenly.
         """
-        if batch % self.size:
+        if batch % self.data_size:
+            groups = "" if self.degree == 1 else f" of which {self.degree} share each clip (engine.sequence_parallel)"
             raise UserError(
-                f"engine.global_batch {batch} cannot be split over {self.size} ranks: make it a multiple of {self.size}"
+                f"engine.global_batch {batch} cannot be split over {self.size} ranks{groups}: make it a multiple of "
+                f"{self.data_size}"
             )
-        return batch // self.size
+        return batch // self.data_size
 
     def agree(self, flags: Iterable[bool]) -> list[bool]:
         """Logical OR of each flag over all ranks."""
@@ -152,7 +173,7 @@ def start() -> Processes:
     if size == 1:
         return Processes(0, 1, device, None)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return Processes(rank, size, device, mesh)
 
@@ -191,11 +212,6 @@ def speaks(error: Exception) -> bool:
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def placed(processes: Processes, parallel: str) -> Processes:
-    """The processes as a recipe's ``engine.parallel`` wants them: without a mesh nothing is sharded."""
-    return replace(processes, mesh=None) if parallel == "replicate" else processes
-
-
 _BUCKET = 1 << 24  # elements that travel at once: 64 MB in fp32
 
 
@@ -218,10 +234,14 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
 
 
 def shard_backbone(backbone: Backbone, processes: Processes) -> None:
-    """Shard a backbone in place, one unit a block; does nothing for a single process or when it is sharded already.
+    """Shard a backbone in place, one unit a block, and its clips' tokens where ranks share them.
+
+    Does nothing for a single process or when it is sharded already.
 
     Weights are gathered in fp32 whatever the compute precision, so that one process and many compute the same.
     """
+    if processes.sequence is not None:
+        backbone.share_tokens(processes.sequence)
     if processes.mesh is None or isinstance(backbone.transformer, FSDPModule):
         return
     for block in backbone.transformer.blocks:

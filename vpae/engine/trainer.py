@@ -22,7 +22,7 @@ from vpae.engine.watch import Collapse, Watch, vital_signs
 from vpae.errors import UserError
 from vpae.methods.base import Batch, Method, Player
 from vpae.recipe import Engine
-from vpae.runs import first_difference, what_is_learnt
+from vpae.runs import first_difference, stored_identity, what_is_learnt
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Trainer:
         found = checkpoints.find_agreed(self.checkpoint_root, self.processes)
         if found is None:
             return False
-        difference = first_difference(found.part("identity", dict), self.run.identity)
+        difference = first_difference(stored_identity(found.part("identity", dict)), self.run.identity)
         if difference:
             raise UserError(
                 f"checkpoint {found.folder} is of another run ({difference}); use the recipe it was made with, "
@@ -226,8 +226,8 @@ class Trainer:
     def _micro_batches(self) -> list[list[int]]:
         """Stream positions of this rank's micro-batches in this turn."""
         (first, batch), micro = self._portion(self.turn), self.run.settings.micro_batch
-        mine = batch // self.processes.size
-        start = first + self.processes.rank * mine
+        mine = batch // self.processes.data_size
+        start = first + self.processes.data_rank * mine
         return [list(range(p, min(p + micro, start + mine))) for p in range(start, start + mine, micro)]
 
     def _take_turn(self, tracker: Tracker) -> None:

@@ -13,6 +13,7 @@ from vpae.judge.alignment import semantic_alignment, trajectory_error
 from vpae.judge.coherence import temporal_coherence
 from vpae.judge.detect import detect_balls
 from vpae.judge.frechet import clip_features, frechet_distance
+from vpae.judge.futures import chosen_future
 from vpae.judge.quality import dynamic_degree, frame0_psnr, frame_quality
 from vpae.judge.tracks import captioned_tracks, link
 
@@ -74,6 +75,8 @@ class SetScores:
 def judge_clip(frames: np.ndarray, clip: Clip) -> ClipScores:
     """Judge a generated clip against the simulator's clip of the same first frame and caption.
 
+    Where the caption leaves futures open, that is the clip of the one it shows (:mod:`vpae.judge.futures`).
+
     Args:
         frames: uint8 ``[F, H, W, 3]``, the generated clip.
         clip: caption, states and real frames.
@@ -90,6 +93,7 @@ def judge_clip(frames: np.ndarray, clip: Clip) -> ClipScores:
     blobs = detect_balls(frames, clip.world)
     tracks = link(blobs)
     captioned = captioned_tracks(tracks, clip)
+    clip = chosen_future(captioned, clip)
     sa, sa_parts = semantic_alignment(blobs, captioned, clip)
     tc, tc_parts = temporal_coherence(blobs, tracks, clip)
     fq, fq_parts = frame_quality(frames, blobs, clip.world, len(clip.balls))
