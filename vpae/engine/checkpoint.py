@@ -8,6 +8,7 @@ a folder of that name is complete. No pickle is written or read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -109,7 +110,8 @@ def _complete(partial: Path, final: Path, state: dict[str, Any], sums: dict[str,
     _write(partial / _STATE, json.dumps(state, indent=1))
     for file in (*partial.iterdir(), partial):
         _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _drop(final)
     os.replace(partial, final)
     _sync(final.parent)
 
@@ -146,9 +148,18 @@ def _sync(path: Path) -> None:
 
 def _prune(root: Path, keep: int) -> None:
     for old in _folders(root)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _drop(old)
     for stale in root.glob(f"{_PREFIX}*{_PARTIAL}"):
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _drop(folder: Path) -> None:
+    """Remove a checkpoint by way of another name: a kill on the way leaves no half of it under its own."""
+    aside = folder.with_name(f"{folder.name}.old{_PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _folders(root: Path) -> list[Path]:
