@@ -55,7 +55,7 @@ def _same(one, two):
     )
 
 
-@cases(15, 1000)
+@cases(8, 1000)
 def test_a_manifest_of_any_content(count, made, tmp_path):
     cache, wanted, _, _ = made
     file, content = cache.folder / "manifest.json", _content(cache)
@@ -68,7 +68,7 @@ def test_a_manifest_of_any_content(count, made, tmp_path):
         assert isinstance(opened, UserError) or _same(_content(opened), content), "wrong data"
 
 
-@cases(15, 1000)
+@cases(8, 1000)
 def test_a_manifest_of_any_content_signed_anew(count, made, tmp_path):
     """As somebody would who wants it read: what it holds is looked at before anything is taken from it."""
     cache, wanted, _, _ = made
@@ -88,7 +88,7 @@ def test_a_manifest_of_any_content_signed_anew(count, made, tmp_path):
         outcome(lambda: cache_dataset(cache.folder))
 
 
-@cases(15, 800)
+@cases(8, 800)
 def test_damage_to_any_file_is_found(count, made, tmp_path):
     cache, wanted, _, _ = made
     files = sorted(f for f in cache.folder.iterdir() if f.name != "lock")
@@ -115,7 +115,7 @@ def _header(data: bytes) -> dict:
     return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
 
 
-@cases(15, 800)
+@cases(8, 800)
 def test_a_half_built_cache_takes_up_whole_shards_alone(count, made, tmp_path, monkeypatch):
     """What is found in a shard's place is either made anew, or named, or holds a row of each kind for each clip."""
     cache, wanted, encoders, data = made
@@ -144,7 +144,7 @@ def test_a_half_built_cache_takes_up_whole_shards_alone(count, made, tmp_path, m
         file.unlink(missing_ok=True)
 
 
-@cases(5, 200)
+@cases(3, 200)
 def test_a_stamp_of_any_content(count, made, tmp_path):
     """What ``building.json`` says of another fingerprint clears the folder, what cannot be read too."""
     cache, wanted, encoders, data = made

@@ -27,7 +27,7 @@ CAPTIONS = st.one_of(
 )
 
 
-@cases(20, 800)
+@cases(10, 800)
 def test_the_text_encoder_takes_any_caption(count, micro_pipeline, tmp_path):
     """Tokens are finite, no more than the transformer takes, and zero after a caption's end, whatever is beside it."""
     encoders = Encoders(micro_pipeline)

@@ -66,7 +66,7 @@ def test_any_flipped_bit_is_found(folder):
         file.write_bytes(whole)
 
 
-@cases(25, 1500)
+@cases(15, 1500)
 def test_damage_of_any_kind_is_found(count, folder, tmp_path):
     files, state = sorted(folder.iterdir()), _read(folder.parent)[0]
     whole = {file: file.read_bytes() for file in files}
@@ -82,7 +82,7 @@ def test_damage_of_any_kind_is_found(count, folder, tmp_path):
         assert isinstance(made, UserError) or (made[0] == state and _same(made[1])), "damage was taken for a checkpoint"
 
 
-@cases(10, 500)
+@cases(8, 500)
 def test_what_a_kill_leaves_is_never_taken_for_whole(count, folder, tmp_path):
     """Of the next checkpoint, as far as it was written: files in order, the last one cut, the folder not renamed."""
     second = checkpoints.save(tmp_path / "other", 2, TENSORS, STATE, start(), 2)
@@ -104,7 +104,7 @@ def test_what_a_kill_leaves_is_never_taken_for_whole(count, folder, tmp_path):
         assert state["turn"] == 1 and _same(target)
 
 
-@cases(20, 1000)
+@cases(12, 1000)
 def test_a_state_of_any_content(count, folder, tmp_path):
     """Sealed anew, as somebody would who wants it read, or not."""
     file = folder / "state.json"
@@ -127,7 +127,7 @@ def test_a_state_of_any_content(count, folder, tmp_path):
             assert made[0] == plain or not {"crc32", "sha256"} & set(made[0])
 
 
-@cases(15, 1000)
+@cases(8, 1000)
 def test_a_run_goes_on_from_a_state_or_says_why_not(count, micro_recipe, tmp_path):
     """Tensors right and seal right, the state of any content: turns, steps, means, counts."""
     trainer = make_trainer(micro_recipe, "equilibrium", tmp_path / "run")

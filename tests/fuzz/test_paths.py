@@ -64,7 +64,7 @@ def _check(listing, folder: Path) -> None:
             assert clip.caption == "a clip"
 
 
-@cases(20, 1000)
+@cases(10, 1000)
 def test_lists_name_files_of_their_own_folder_alone(count, tmp_path):
     drawn = st.tuples(LINKS, st.lists(PATHS, min_size=1, max_size=4), st.sampled_from(["jsonl", "csv"]))
 
@@ -85,7 +85,7 @@ def test_lists_name_files_of_their_own_folder_alone(count, tmp_path):
             assert len(listing.clips) == len(paths)
 
 
-@cases(15, 500)
+@cases(10, 500)
 def test_a_folder_gives_files_of_its_own_alone(count, tmp_path):
     @explore(count, tmp_path, LINKS)
     def check(links):
@@ -99,7 +99,7 @@ def test_a_folder_gives_files_of_its_own_alone(count, tmp_path):
                 assert isinstance(outcome(lambda i=item: source[i]), UserError)  # none of them is a video
 
 
-@cases(15, 500)
+@cases(10, 500)
 def test_recipes_that_name_such_paths(count, micro_recipe, tmp_path):
     """The teacher's folder, and a run folder that is claimed: what is there already stays."""
     recipe = recipes.from_plain(micro_recipe, "my.yaml")

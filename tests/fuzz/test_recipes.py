@@ -32,7 +32,7 @@ def _check(made: object) -> None:
     assert again == made and recipes.digest(again) == recipes.digest(made)
 
 
-@cases(40, 1500)
+@cases(25, 1500)
 def test_structure_and_types(count, micro_recipe, tmp_path):
     """Of the micro recipe, whose teacher is there: what is accepted is looked at as a run would before its start."""
 
@@ -52,7 +52,7 @@ def test_structure_of_those_that_ship(count, path, tmp_path):
         _check(outcome(lambda: recipes.from_plain(plain, "my.yaml")))
 
 
-@cases(25, 1000)
+@cases(15, 1000)
 def test_text(count, micro_recipe, tmp_path):
     file, text = tmp_path / "my.yaml", yaml.safe_dump(micro_recipe).encode()
 
@@ -62,7 +62,7 @@ def test_text(count, micro_recipe, tmp_path):
         _check(outcome(lambda: recipes.load(file)))
 
 
-@cases(15, 500)
+@cases(10, 500)
 def test_any_text(count, tmp_path):
     file = tmp_path / "my.yaml"
     tokens = st.sampled_from([*YAML, b"kind", b"distill", b"seed", b" ", b"a", b"1", b", "])
@@ -73,7 +73,7 @@ def test_any_text(count, tmp_path):
         assert isinstance(outcome(lambda: recipes.load(file)), UserError)
 
 
-@cases(20, 800)
+@cases(15, 800)
 def test_overrides(count, micro_recipe, tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text(yaml.safe_dump(micro_recipe))
@@ -94,7 +94,7 @@ SOURCES = (
 )
 
 
-@cases(20, 800)
+@cases(15, 800)
 def test_sources(count, tmp_path):
     """A source that opens says what it is, and gives a clip or names what is wrong with it."""
     (tmp_path / "captions.jsonl").write_text('{"file": "a.mp4", "image": "a.png", "caption": "a"}\n')

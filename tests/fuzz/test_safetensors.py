@@ -40,7 +40,7 @@ def _header(data: bytes) -> dict:
 HEADERS = SCALARS | st.sampled_from(["F32", "F16", "BF16", "I32", "U8", "F64", "F8_E4M3", "BOOL"])
 
 
-@cases(20, 1000)
+@cases(10, 1000)
 def test_files_of_any_header(count, teacher, tmp_path):
     """What is read is what the file says, as floating point, or it is refused in one line."""
     folder, backbone = teacher
@@ -76,7 +76,7 @@ def test_files_of_any_header(count, teacher, tmp_path):
             ), f"{name} is not what the file holds"
 
 
-@cases(5, 200)
+@cases(3, 200)
 def test_the_library_that_reads_single_models(count, teacher, tmp_path):
     folder, _ = teacher
     file = folder / "transformer" / NAME
@@ -89,7 +89,7 @@ def test_the_library_that_reads_single_models(count, teacher, tmp_path):
         outcome(lambda: load_transformer(folder))
 
 
-@cases(10, 500)
+@cases(7, 500)
 def test_indices_and_configs_of_any_content(count, teacher, tmp_path):
     """An index may name files of another folder, a config any numbers."""
     folder, backbone = teacher

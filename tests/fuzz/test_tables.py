@@ -51,7 +51,7 @@ def _look(path):
     return listing
 
 
-@cases(20, 800)
+@cases(15, 800)
 def test_damaged_jsonl(count, tmp_path):
     file = _folder(tmp_path) / "list.jsonl"
     lines = [
@@ -66,7 +66,7 @@ def test_damaged_jsonl(count, tmp_path):
         _look(file)
 
 
-@cases(15, 600)
+@cases(10, 600)
 def test_jsonl_of_any_content(count, tmp_path):
     file = _folder(tmp_path) / "list.jsonl"
     entry = st.fixed_dictionaries({"file": st.sampled_from(["a.mp4", "b.mp4"]) | VALUES, "caption": WORDS | VALUES})
@@ -82,7 +82,7 @@ def test_jsonl_of_any_content(count, tmp_path):
                 assert clip.fault or clip.caption == e["caption"].strip()
 
 
-@cases(15, 600)
+@cases(10, 600)
 def test_csv(count, tmp_path):
     """What a spreadsheet writes is read as it was meant, line ends and quotes in captions too."""
     file = _folder(tmp_path) / "list.csv"
@@ -101,7 +101,7 @@ def test_csv(count, tmp_path):
                 assert clip.fault or clip.caption == caption.strip()
 
 
-@cases(15, 600)
+@cases(10, 600)
 def test_damaged_csv(count, tmp_path):
     file = _folder(tmp_path) / "list.csv"
     text = 'file,caption\na.mp4,"a ball, ""red"""\r\nb.mp4,snow \u2028 and \x85 rain\n'.encode()
@@ -112,7 +112,7 @@ def test_damaged_csv(count, tmp_path):
         _look(file)
 
 
-@cases(10, 400)
+@cases(5, 400)
 def test_damaged_parquet(count, tmp_path):
     folder = tmp_path / "table"
     folder.mkdir()
@@ -129,7 +129,7 @@ def test_damaged_parquet(count, tmp_path):
         _look(folder)
 
 
-@cases(10, 300)
+@cases(5, 300)
 def test_parquet_of_any_content(count, tmp_path):
     folder = tmp_path / "table"
     folder.mkdir()
