@@ -294,6 +294,11 @@ def test_odd_lines_and_folders_are_named_in_one_line(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(UserError, match=r"a.txt: cannot be read \(Is a directory\)"):
         opened(tmp_path)
+    with pytest.raises(UserError, match="columns is .*; it has to be two names"):
+        open_source({"kind": "videos", "path": str(tmp_path), **SHAPE, "size": [32, 48], "columns": ["a\nb", "c"]})
+    (tmp_path / "l.csv").write_text('"a\nb",c\n1,2\n')
+    with pytest.raises(UserError, match=r"it has 'a\\nb', c"):
+        opened(tmp_path / "l.csv")
     for line, says in (
         ('{"file": ".", "caption": "a"}', "'.' names no file"),
         ('{"file": "a.mp4", "caption": ' + "1" * 5000 + "}", "not JSON .a number of too many digits"),

@@ -171,7 +171,7 @@ def _csv_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple
         header = reader.fieldnames or []
         missing = [c for c in columns if c not in header]
         if missing:
-            known = ", ".join(header) or "none"
+            known = ", ".join(name if name.isprintable() else repr(name) for name in header) or "none"
             raise UserError(
                 f"{path}: its first line names no column {' or '.join(missing)} (it has {known}); "
                 "mend it, or say columns: [FILE, CAPTION] with its own names"

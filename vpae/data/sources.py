@@ -167,11 +167,15 @@ def _rate(value: Any) -> bool:
     return _number(value) and 0 < value <= 1000
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
 _Check = tuple[Callable[[Any], bool], str]
 _PATH: _Check = (lambda v: isinstance(v, str | Path) and is_path(str(v)), "a path")
 _TEXT: _Check = (lambda v: isinstance(v, str), "text")
 _COLUMNS: _Check = (
-    lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(isinstance(c, str) and c for c in v),
+    lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(_is_name(c) for c in v),
     "two names: [FILE, CAPTION]",
 )
 _SIZE: _Check = (

@@ -163,10 +163,11 @@ def open_table(folder: Path, columns: tuple[str, str], split: str | None) -> Tab
 
 
 def _columns(folder: Path, names: list[str], columns: tuple[str, str]) -> None:
+    known = ", ".join(name if name.isprintable() else repr(name) for name in names)
     for column in columns:
         if column not in names:
             raise UserError(
-                f"{folder}: the dataset has no column {column} (it has {', '.join(names)}); "
+                f"{folder}: the dataset has no column {column} (it has {known}); "
                 "say columns: [VIDEO, CAPTION] with its own names"
             )
 
