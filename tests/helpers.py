@@ -33,6 +33,20 @@ def make_trainer(plain: dict, phase: str, folder: Path, processes: Processes | N
     return trainer
 
 
+def rank_processes(mark: object) -> dict[int, int]:
+    """Rank -> process id of the ranks in whose command line ``mark`` stands."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        rank = [v for v in variables if v.startswith(b"RANK=")]
+        if rank and str(mark).encode() in command:
+            found[int(rank[0][5:])] = int(process.name)
+    return found
+
+
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trainer.tensors().items()}
 

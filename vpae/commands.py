@@ -26,6 +26,7 @@ from vpae.evaluation import clips_of, sample_clips
 from vpae.export.diffusers import export_student
 from vpae.export.precision import MOTION
 from vpae.export.single import DEFAULT_RANK, export_lora, export_wan
+from vpae.extras import check_attention_backend, sample_with
 from vpae.files import write_json
 from vpae.finetune import assemble
 from vpae.loading import Model, load_model
@@ -79,9 +80,18 @@ def read_picture(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     return fit(picture, size)
 
 
+def _load(arguments: argparse.Namespace) -> Model:
+    """The model to sample, with the attention kernel and precision asked for."""
+    fp32 = "--precision fp32" if arguments.precision == "fp32" else ""
+    check_attention_backend(arguments.attention, training=False, fp32=fp32)
+    model = load_model(arguments.model, arguments.role)
+    sample_with(model.role.backbone, arguments.attention, arguments.precision)
+    return model
+
+
 def sample(arguments: argparse.Namespace) -> bool:
     """Images and prompts to mp4 and a contact sheet."""
-    model = load_model(arguments.model, arguments.role)
+    model = _load(arguments)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
     shape = model.shape
     num_frames = arguments.num_frames or shape[0]
@@ -125,7 +135,7 @@ def sample(arguments: argparse.Namespace) -> bool:
 
 def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
     """Judge a model on Bounce clips; every rank samples a part of them."""
-    model = load_model(arguments.model, arguments.role)
+    model = _load(arguments)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
     clips = clips_of(model.world, arguments.split, arguments.clips)
     sampled = sample_clips(
@@ -157,6 +167,8 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
             "guidance_scale": arguments.guidance_scale,
             "seed": arguments.seed,
             "batch": arguments.batch,
+            "attention": arguments.attention,
+            "precision": arguments.precision,
             **sampled.plain(),
             "environment": environment(),
         }

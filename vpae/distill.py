@@ -159,7 +159,7 @@ def _identity(recipe: Distill, data: str, latent_shape: tuple[int, ...], phase: 
 
 def _priming(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Method, list[nn.Module]]:
     fake = fake_score(cast, recipe.priming.fake_lora, recipe.seed)
-    materialise(cast, processes)
+    materialise(cast, processes, recipe.engine.ema_on)
     method = Priming(recipe.priming, teacher=cast.teacher, student=cast.student, fake_score=fake, ema=cast.ema)
     return method, []
 
@@ -180,7 +180,7 @@ def _equilibrium(recipe: Distill, cast: Cast, processes: Processes) -> tuple[Met
         queries=settings.head.queries,
         generator=generator_of(recipe.seed, "head"),
     ).to(processes.device)
-    materialise(cast, processes)
+    materialise(cast, processes, recipe.engine.ema_on)
     shard_module(head, processes)
     method = Equilibrium(
         settings, teacher=cast.teacher, student=cast.student, ema=cast.ema, judge=judge, head=head, taps=taps

@@ -22,6 +22,7 @@ from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
 from vpae.export.folder import MODEL_INDEX, write_transformer
+from vpae.extras import require
 from vpae.files import write_json, writing
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
@@ -72,6 +73,10 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
     for key in ("compile", "checkpointing"):
         if getattr(recipe.engine, key):
             raise UserError(f"engine.{key}: true is for transformers; set it to false for a VAE")
+    if recipe.engine.ema_on == "cpu":
+        raise UserError("engine.ema_on: cpu is for transformers; set it to device for a VAE")
+    if recipe.engine.optimiser_state == "int8":
+        require("torchao", "engine.optimiser_state: int8")
     open_folder(folder, recipe, resume, processes)
     source = open_source(recipe.source)
     first = first_vae(recipe)
@@ -229,8 +234,8 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     check_fit(transformer, cache, str(pipeline))
     student = Role("student", wrap(transformer.to(processes.device), recipe.teacher, recipe.engine))
     ema = full_copy(student, "ema")
-    for backbone in (student.backbone, ema.backbone):
-        shard_backbone(backbone, processes)
+    shard_backbone(student.backbone, processes)
+    shard_backbone(ema.backbone, processes, on_host=recipe.engine.ema_on == "cpu")
     if recipe.engine.compile:
         compile_blocks([student.backbone])
     method = FlowMatching(recipe.training, student=student, ema=ema)

@@ -17,9 +17,10 @@ from vpae.backbone import Backbone
 from vpae.data.cache import Cache
 from vpae.data.encoders import transformer_config
 from vpae.draws import seed_of
+from vpae.engine.host import require_memory
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
-from vpae.extras import check_attention_backend
+from vpae.extras import check_attention_backend, require
 from vpae.files import is_path
 from vpae.recipe import Distill, Engine, Lora, Student, Teacher
 from vpae.released import TRANSFORMERS
@@ -104,10 +105,18 @@ def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str 
         fp32: the key of the recipe, besides the engine's precision, that makes attention compute in fp32.
 
     Raises:
-        UserError: the attention kernel cannot serve the recipe here, or the ranks cannot share the batch.
+        UserError: the attention kernel, the optimiser or the EMA's place cannot serve the recipe here, or the ranks
+            cannot share the batch.
     """
     exact = "engine.precision: fp32" if engine.precision == "fp32" else fp32
     check_attention_backend(teacher.attention, masks=teacher.fold_text_padding, fp32=exact)
+    if engine.optimiser_state == "int8":
+        require("torchao", "engine.optimiser_state: int8")
+    if engine.ema_on == "cpu" and processes.mesh is None and processes.device.type != "cpu":
+        raise UserError(
+            "engine.ema_on: cpu keeps the shards of the EMA there, and here it is not sharded: set it to device, or "
+            "use engine.parallel: fsdp on several ranks"
+        )
     processes.share(engine.global_batch)
 
 
@@ -164,15 +173,23 @@ def distillation_cast(teacher: Teacher, student: Student, engine: Engine, seed: 
     return Cast(pipeline, base, live, ema, [base.backbone, live.backbone, ema.backbone])
 
 
-def materialise(cast: Cast, processes: Processes) -> None:
+def materialise(cast: Cast, processes: Processes, ema_on: str = "device") -> None:
     """Shard the networks, give them memory and read the teacher's weights: every role answers as the teacher does.
 
+    Args:
+        ema_on: the recipe's ``engine.ema_on``; where it is ``cpu``, :func:`preflight` has found shards to keep there.
+
     Raises:
-        UserError: the teacher's files are damaged, or not those of its config.
+        UserError: the teacher's files are damaged, or not those of its config; or the host lacks memory for the EMA.
     """
     for backbone in cast.backbones:
-        shard_backbone(backbone, processes)
-        give_memory(backbone, processes)
+        on_host = ema_on == "cpu" and backbone is cast.ema.backbone and processes.mesh is not None
+        if on_host:
+            size = sum(p.numel() * p.element_size() for p in backbone.transformer.parameters())
+            wanted = {"engine.ema_on: cpu": size // processes.mesh.shape[-1]}
+            processes.together(lambda wanted=wanted: require_memory(wanted))
+        shard_backbone(backbone, processes, on_host=on_host)
+        give_memory(backbone, processes, on_host=on_host)
     base, *copies = cast.backbones
     read_weights(base, cast.pipeline, processes)
     for i, backbone in enumerate(copies):

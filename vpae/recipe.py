@@ -160,8 +160,9 @@ class Engine:
     as a large model needs it; ``hsdp`` in shards over the ranks of one machine, the same on every machine, so that only
     gradients cross the network; ``replicate`` whole on every rank, where only gradients travel, faster where it fits.
     ``sequence_parallel`` ranks share each clip's tokens. ``optimiser_state``: precision of Adam's two moments, or
-    ``cpu`` to keep them (in fp32) in the machine's own memory. ``ema_on``: where the EMA that nobody reads in a turn is
-    kept. ``async_checkpoints``: training goes on while a checkpoint is written.
+    ``cpu`` to keep them (in fp32, the same numbers) in the machine's own memory. ``ema_on``: where the EMA of a sharded
+    full student is kept; from ``cpu`` each block's weights come to the device when they are wanted.
+    ``async_checkpoints``: training goes on while a checkpoint is written from a copy in the machine's memory.
     """
 
     global_batch: int
@@ -455,6 +456,11 @@ def _check(recipe: Recipe, where: str) -> None:
     )
     if recipe.student.kind == "lora":
         need(recipe.student.lora is not None, "student.kind is lora, so student.lora must say its rank, alpha, targets")
+        need(
+            engine.ema_on == "device",
+            "engine.ema_on is cpu, and the EMA of a LoRA student is a small adapter on the teacher's weights: set it "
+            "to device",
+        )
     if recipe.priming is not None:
         need(
             recipe.priming.score_time.low > 0, "priming.score_time.low must be above 0 (the score is infinite at t = 0)"

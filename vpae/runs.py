@@ -13,6 +13,7 @@ import yaml
 
 from vpae import __version__
 from vpae import recipe as recipes
+from vpae.engine import restarts
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.files import write_text
@@ -29,6 +30,7 @@ def open_folder(folder: Path, recipe: recipes.Recipe, resume: bool, processes: P
         UserError: it holds a run of another recipe, or a run that ``resume`` was not asked for, or is not writable.
     """
     processes.together(lambda: _claim(folder, recipe, resume), main_only=True)
+    restarts.note_claim()
 
 
 def _claim(folder: Path, recipe: recipes.Recipe, resume: bool) -> None:
@@ -87,6 +89,8 @@ def what_is_learnt(plain: dict[str, Any]) -> dict[str, Any]:
         kept["data"] = {key: value for key, value in plain["data"].items() if key != "cache"}
     if isinstance(plain.get("engine"), dict):
         kept["engine"] = {key: plain["engine"].get(key) for key in _LEARNT}
+        if kept["engine"]["optimiser_state"] == "cpu":  # where fp32 lies changes no number
+            kept["engine"]["optimiser_state"] = "fp32"
     return kept
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: torch.distributed.checkpoint into safetensors, whole or not at all.
 
-A checkpoint is a folder ``step-00000120`` that holds one safetensors file a rank (each rank writes its own shards; any
+A checkpoint is a folder ``step-00000120`` that holds safetensors files of every rank (each writes its own shards; any
 number of ranks reads them back) and ``state.json``: turn, players' steps, recipe, fingerprints, files with their sizes
 and checksums (:mod:`vpae.engine.integrity`). It is written under another name and renamed when all of it is on disk, so
 a folder of that name is complete. No pickle is written or read.
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from vpae.engine import integrity, signals
-from vpae.engine.parallel import Processes
+from vpae.engine.parallel import Processes, local
 from vpae.errors import UserError
 
 _PREFIX, _PARTIAL, _STATE = "step-", ".partial", "state.json"
@@ -60,6 +60,11 @@ def damaged(folder: Path, what: str) -> UserError:
     return UserError(f"checkpoint {folder} is damaged ({what}); remove {folder} to go on from the one before it")
 
 
+def folder_of(root: Path, turn: int) -> Path:
+    """Where checkpoint ``turn`` lies once it is whole."""
+    return root / f"{_PREFIX}{turn:08d}"
+
+
 def save(
     root: Path, turn: int, tensors: dict[str, Tensor], state: dict[str, Any], processes: Processes, keep: int
 ) -> Path:
@@ -68,7 +73,7 @@ def save(
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final = root / f"{_PREFIX}{turn:08d}"
+    final = folder_of(root, turn)
     partial = final.with_name(final.name + _PARTIAL)
     failure = ""
     if processes.is_main:
@@ -80,9 +85,9 @@ def save(
     _all_written(final, failure, processes)
     sums: dict[str, int] = {}
     try:
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.size == 1)
-        # DCP names a rank's file so; on a cluster only this rank's node is sure to have its bytes at hand
+        writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=processes.group, no_dist=processes.size == 1)
+        # DCP names a rank's files so; on a cluster only this rank's node is sure to have their bytes at hand
         mine = sorted(partial.glob(f"shard-{processes.rank + 1:05d}-*"))
         for file in mine:
             _sync(file)
@@ -114,6 +119,20 @@ def _complete(partial: Path, final: Path, state: dict[str, Any], sums: dict[str,
         _drop(final)
     os.replace(partial, final)
     _sync(final.parent)
+
+
+_FILE = 1 << 31  # bytes that a rank puts into one file: torch holds a file's bytes up to three times while it writes it
+
+
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Number of the file that each tensor goes to, from 1, on every rank."""
+    number, filled, files = 1, 0, {}
+    for name, tensor in tensors.items():
+        size = local(tensor).numel() * tensor.element_size()
+        if filled and filled + size > _FILE:
+            number, filled = number + 1, 0
+        files[name], filled = number, filled + size
+    return files
 
 
 def _all_written(final: Path, failure: str, processes: Processes, partial: Path | None = None) -> None:

@@ -10,15 +10,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vpae.backbone import Backbone
@@ -54,6 +54,7 @@ class Processes:
     device: torch.device
     mesh: DeviceMesh | None
     sequence: SequenceGroup | None = None
+    group: dist.ProcessGroup | None = None  # in which plain objects travel; None: the one of all
 
     @property
     def is_main(self) -> bool:
@@ -108,12 +109,12 @@ class Processes:
         """The value of every rank, in order, on every rank; for plain objects and arrays."""
         values: list[T] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def together(self, action: Callable[[], T], *, main_only: bool = False) -> T | None:
         """Run ``action`` on every rank (or on rank 0) and come back on all of them, or raise on all of them.
@@ -173,9 +174,34 @@ def start() -> Processes:
     if size == 1:
         return Processes(0, 1, device, None)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **_store_of_this_attempt(rank, size))
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return Processes(rank, size, device, mesh)
+
+
+def _store_of_this_attempt(rank: int, size: int) -> dict[str, Any]:
+    """Where torchrun starts its ranks again: keys of their own.
+
+    Its agents share one store with the ranks of all attempts (pytorch issue 135712), so that those of the second would
+    find the addresses of the first. Agents of several machines count attempts each for itself; there torchrun itself
+    has to make a store for each.
+
+    Raises:
+        UserError: it does not.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "torchrun --max-restarts on several machines lets new ranks find the addresses of lost ones; give it "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, as launch/train_multinode.sh does"
+        )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, size, is_master=False, timeout=PATIENCE)
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": size}
 
 
 def leave(status: int, together: bool = True) -> None:
@@ -212,6 +238,13 @@ def speaks(error: Exception) -> bool:
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def aside(processes: Processes) -> Processes:
+    """The same processes for a thread of their own, whose messages must not meet those of training; all call this."""
+    if processes.size == 1:
+        return processes
+    return replace(processes, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
 _BUCKET = 1 << 24  # elements that travel at once: 64 MB in fp32
 
 
@@ -233,21 +266,25 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
             gradient.copy_(part.view_as(gradient))
 
 
-def shard_backbone(backbone: Backbone, processes: Processes) -> None:
+def shard_backbone(backbone: Backbone, processes: Processes, *, on_host: bool = False) -> None:
     """Shard a backbone in place, one unit a block, and its clips' tokens where ranks share them.
 
     Does nothing for a single process or when it is sharded already.
 
     Weights are gathered in fp32 whatever the compute precision, so that one process and many compute the same.
+
+    Args:
+        on_host: keep its shards in host memory; each block's comes to the device when the block is gathered.
     """
     if processes.sequence is not None:
         backbone.share_tokens(processes.sequence)
     if processes.mesh is None or isinstance(backbone.transformer, FSDPModule):
         return
+    policy = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda") if on_host else OffloadPolicy()
     for block in backbone.transformer.blocks:
-        fully_shard(block, mesh=processes.mesh)
+        fully_shard(block, mesh=processes.mesh, offload_policy=policy)
     # the root keeps its default (no reshard after forward): a backward that starts at a tapped feature needs it
-    fully_shard(backbone.transformer, mesh=processes.mesh)
+    fully_shard(backbone.transformer, mesh=processes.mesh, offload_policy=policy)
 
 
 def shard_module(module: nn.Module, processes: Processes) -> None:
