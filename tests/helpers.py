@@ -10,9 +10,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from vpae import recipe as recipes
-from vpae.data.cache import prepare
 from vpae.data.encoders import Encoders
-from vpae.distill import build_phase
+from vpae.distill import build_phase, open_data
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes, start
 from vpae.engine.trainer import Trainer
@@ -28,7 +27,7 @@ def make_trainer(plain: dict, phase: str, folder: Path, processes: Processes | N
     processes = processes or start()
     recipe = recipes.from_plain(plain, "test")
     encoders = Encoders(recipe.teacher.path)
-    trainer = build_phase(recipe, phase, folder, prepare(recipe.data, encoders, processes), encoders, processes)
+    trainer = build_phase(recipe, phase, folder, open_data(recipe, encoders, processes), encoders, processes)
     trainer.run.gallery = None
     return trainer
 

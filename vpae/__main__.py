@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--timeout", type=_rate, default=120.0, metavar="SECONDS", help="that ranks wait for one that hangs"
     )
 
-    distill = commands.add_parser("distill", help="phase I, hand-over, phase II: teacher to one-step student")
+    distill = commands.add_parser("distill", help="teacher to one-step student: V-PAE's phases, or a peer")
     _run_options(distill)
 
     sample = commands.add_parser("sample", help="images + prompts to mp4 and a contact sheet")
@@ -148,7 +148,9 @@ def build_parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a run's student as a proven diffusers folder or single file")
     export.add_argument("run", type=Path, help="run folder of vpae distill, finished or not")
     export.add_argument("--role", default="ema", choices=("ema", "student"))
-    export.add_argument("--phase", choices=("priming", "equilibrium"), help="default: the last one with a checkpoint")
+    export.add_argument(
+        "--phase", help="of the run: priming, equilibrium, or a peer's (default: the last one with a checkpoint)"
+    )
     export.add_argument(
         "--format",
         default="diffusers",

@@ -79,6 +79,7 @@ class Backbone(nn.Module):
         self._text_rows = FoldedTextProcessor.install(transformer) if fold_text_padding else [0]
         self.sequence: SequenceGroup | None = None
         self.adapter: str | None = None
+        self._tuned: tuple[tuple[str, ...], list[BaseTunerLayer]] = ((), [])  # adapters, and the layers that carry them
         self.adapter_seeds: dict[str, int] = {}  # of every LoRA on it, by name: what its first weights are drawn from
 
     @property
@@ -110,6 +111,15 @@ class Backbone(nn.Module):
 
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
+    def _lora_layers(self, adapters: tuple[str, ...]) -> list[BaseTunerLayer]:
+        """The layers that carry adapters; looked for anew when one is added (peft may wrap further layers for it).
+
+        A walk over all modules takes as long as a small block's forward, and every recomputed block would make one.
+        """
+        if self._tuned[0] != adapters:
+            self._tuned = adapters, [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
+        return self._tuned[1]
+
     @contextlib.contextmanager
     def answering_as(self, adapter: str | None) -> Iterator[None]:
         """Let LoRA ``adapter`` answer (None: the base weights alone).
@@ -121,7 +131,10 @@ class Backbone(nn.Module):
         if adapter is not None and adapter not in known:
             carried = ", ".join(known) or "none"
             raise RuntimeError(f"adapter {adapter!r} is asked for, but this transformer carries {carried}")
-        layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
+        if not known:
+            yield
+            return
+        layers = self._lora_layers(tuple(known))
         before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
         previous, self.adapter = self.adapter, adapter
         for layer in layers:

@@ -31,7 +31,7 @@ from vpae.files import write_json
 from vpae.finetune import assemble
 from vpae.loading import Model, load_model
 from vpae.models import find_model
-from vpae.recipe import Distill, FinetuneVae
+from vpae.recipe import Distillation, FinetuneVae
 from vpae.runs import environment
 from vpae.sampling import sample_latents
 
@@ -41,7 +41,7 @@ def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
     recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
     if isinstance(recipe, FinetuneVae):
         raise UserError(f"{arguments.recipe} trains a VAE on pixels: there is nothing to encode")
-    if isinstance(recipe, Distill):
+    if isinstance(recipe, Distillation):
         pipeline = find_model(recipe.teacher.path)
     else:
         beside = Path(recipe.data.cache).with_name(Path(recipe.data.cache).name + "-encoders")

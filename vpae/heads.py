@@ -160,6 +160,21 @@ class SemanticHead(CrossAttentionHead):
         return list(mixed[:, : count * per_tap].unflatten(1, (count, per_tap)).unbind(1))
 
 
+class IndependentHeads(Head):
+    """A head of its own for every tap, each with its own verdict: logits ``[B, taps]`` (LADD, PCM)."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(
+        self, features: Sequence[Tensor], grid: tuple[int, int, int], image: Tensor, text: Tensor, text_keep: Tensor
+    ) -> Tensor:
+        told = (grid, image, text, text_keep)
+        logits = [self.look(head, [tap], *told) for head, tap in zip(self.heads, features, strict=True)]
+        return torch.stack(logits, 1)
+
+
 def initialise(head: nn.Module, generator: torch.Generator) -> nn.Module:
     """Draw a head's weights from an explicit generator: truncated normal of variance 1 / fan-in, a zero last layer.
 
@@ -191,12 +206,17 @@ def build_head(
     num_heads: int,
     queries: int,
     generator: torch.Generator,
+    independent: bool = False,
 ) -> nn.Module:
-    """Build a ``convolutional``, ``cross_attention`` or ``semantic`` head.
+    """Build a ``convolutional``, ``cross_attention`` or ``semantic`` head; ``independent``: one for every tap.
 
     Raises:
         ValueError: unknown kind.
     """
+    if independent:
+        sizes = {"feature_dim": feature_dim, "num_taps": 1, "image_dim": image_dim, "text_dim": text_dim}
+        sizes |= {"width": width, "num_heads": num_heads, "queries": queries}
+        return IndependentHeads([build_head(kind, **sizes, generator=generator) for _ in range(num_taps)])
     with torch.random.fork_rng(devices=[]):  # torch's constructors draw from the global generator
         if kind == "convolutional":
             head: nn.Module = ConvolutionalHead(feature_dim, num_taps, width)

@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch import nn
 
-from vpae.backbone import Backbone
+from vpae.backbone import Backbone, default_taps
 from vpae.data.cache import Cache
 from vpae.data.encoders import transformer_config
-from vpae.draws import seed_of
+from vpae.draws import generator_of, seed_of
 from vpae.engine.host import require_memory
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend, require
 from vpae.files import is_path
-from vpae.recipe import Distill, Engine, Lora, Student, Teacher
+from vpae.heads import build_head
+from vpae.recipe import Distill, Engine, Student, Teacher
 from vpae.released import TRANSFORMERS
 from vpae.roles import Role, add_lora, copy_weights, full_copy
+from vpae.sections import Head, Lora
 from vpae.sequence import check_split
 from vpae.strict import shown
 from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
@@ -201,9 +204,27 @@ def materialise(cast: Cast, processes: Processes, ema_on: str = "device") -> Non
         copy_weights(cast.student, cast.ema)
 
 
-def fake_score(cast: Cast, lora: Lora, seed: int) -> Role:
-    """The teacher plus a zero-initialised LoRA: equal to the teacher at step 0."""
-    return add_lora(cast.teacher.backbone, "fake_score", lora, seed)
+def trainable(cast: Cast, name: str, lora: Lora | None, seed: int) -> Role:
+    """A network that answers as the teacher at step 0 and learns beside the student.
+
+    Args:
+        lora: its adapter on the teacher's weights; None: weights of its own.
+    """
+    if lora is not None:
+        return add_lora(cast.teacher.backbone, name, lora, seed)
+    twin = full_copy(cast.student, name)
+    cast.backbones.append(twin.backbone)
+    return twin
+
+
+def fake_score(cast: Cast, lora: Lora | None, seed: int) -> Role:
+    """Whoever follows the student's distribution, from the teacher on."""
+    return trainable(cast, "fake_score", lora, seed)
+
+
+def student_lora(student: Student) -> Lora | None:
+    """The student's adapter; None where it has its own weights."""
+    return student.lora if student.kind == "lora" else None
 
 
 def judge_of(recipe: Distill, cast: Cast) -> Role:
@@ -213,11 +234,38 @@ def judge_of(recipe: Distill, cast: Cast) -> Role:
         return cast.ema
     if kind == "frozen":
         return cast.teacher
-    if recipe.student.kind == "lora":
-        return add_lora(cast.teacher.backbone, "judge", recipe.student.lora, recipe.seed)
-    judge = full_copy(cast.student, "judge")
-    cast.backbones.append(judge.backbone)
-    return judge
+    return trainable(cast, "judge", student_lora(recipe.student), recipe.seed)
+
+
+def choose_taps(chosen: tuple[int, ...] | None, num_layers: int, key: str) -> tuple[int, ...]:
+    """The blocks that a recipe's ``key`` names, or the default ones.
+
+    Raises:
+        UserError: the transformer has no such block.
+    """
+    taps = default_taps(num_layers) if chosen is None else tuple(chosen)
+    if not taps or max(taps) >= num_layers or min(taps) < 0:
+        raise UserError(f"{key} {list(taps)} do not fit a transformer of {num_layers} blocks")
+    return taps
+
+
+def head_of(
+    settings: Head, num_taps: int, cast: Cast, seed: int, device: torch.device, *, independent: bool = False
+) -> nn.Module:
+    """A fresh head for the blocks of any of the cast's networks; ``independent``: one for every tap."""
+    config = cast.teacher.backbone.transformer.config
+    return build_head(
+        settings.kind,
+        feature_dim=cast.teacher.backbone.feature_dim,
+        num_taps=num_taps,
+        image_dim=config.image_dim,
+        text_dim=config.text_dim,
+        width=settings.width,
+        num_heads=settings.num_heads,
+        queries=settings.queries,
+        generator=generator_of(seed, "head"),
+        independent=independent,
+    ).to(device)
 
 
 def compile_blocks(backbones: list[Backbone]) -> None:

@@ -91,9 +91,10 @@ class Processes:
 
     def agree(self, flags: Iterable[bool]) -> list[bool]:
         """Logical OR of each flag over all ranks."""
+        if self.size == 1:  # a way through the device would make the host wait for all it was given
+            return [bool(f) for f in flags]
         mine = torch.tensor([float(f) for f in flags], device=self.device)
-        if self.size > 1:
-            dist.all_reduce(mine, dist.ReduceOp.MAX)
+        dist.all_reduce(mine, dist.ReduceOp.MAX)
         return [bool(f) for f in mine.tolist()]
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:

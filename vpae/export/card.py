@@ -5,17 +5,17 @@ from __future__ import annotations
 from vpae import __version__
 from vpae import recipe as recipes
 from vpae.loading import Model
-from vpae.recipe import Distill
+from vpae.recipe import Distillation, Peer
 
 _CARD = """---
 library_name: diffusers
 pipeline_tag: image-to-video
-tags: [one-step, distillation, v-pae, wan]
+tags: [one-step, distillation, {tag}, wan]
 ---
 
 # One-step image-to-video student
 
-Distilled with vpae {version} by V-PAE (arXiv 2508.21019) from the teacher `{teacher}`, whose licence holds for it too.
+Distilled with vpae {version} by {method} from the teacher `{teacher}`, whose licence holds for it too.
 
 - Weights: {source}.
 - Recipe: `recipe.yaml` beside this file, digest {digest}.
@@ -50,16 +50,37 @@ export_to_video(frames, "out.mp4", fps=8)
 """
 
 
+_V_PAE = "V-PAE (arXiv 2508.21019)"
+_PEERS = {
+    "dmd2": "DMD2 (arXiv 2405.14867)",
+    "apt": "APT (arXiv 2501.08316)",
+    "pcm": "PCM (arXiv 2405.18407)",
+    "lcm": "LCM (arXiv 2310.04378)",
+    "ladd": "LADD (arXiv 2403.12015)",
+    "mse": "regression of the teacher's samples",
+}
 _NOT_MEASURED = "Not yet; for a student of Bounce: `vpae evaluate THIS_FOLDER`."
+
+
+def _method(recipe: recipes.Recipe | None) -> tuple[str, str]:
+    """Its tag and its name with the paper's number."""
+    if not isinstance(recipe, Peer):
+        return "v-pae", _V_PAE
+    kind = recipe.method.kind
+    tag = "lcm" if kind == "pcm" and recipe.method.adversary is None else kind
+    return tag, _PEERS[tag]
 
 
 def model_card(model: Model, measured: str | None) -> str:
     """Markdown: what it is, how to call it, and how good it is (``measured``, Markdown too)."""
     num_frames, height, width = model.shape
     recipe, bounce = model.recipe, model.is_bounce
+    tag, method = _method(recipe)
     return _CARD.format(
+        tag=tag,
+        method=method,
         source=model.source,
-        teacher=recipe.teacher.path if isinstance(recipe, Distill) else model.pipeline,
+        teacher=recipe.teacher.path if isinstance(recipe, Distillation) else model.pipeline,
         version=__version__,
         digest="unknown" if recipe is None else recipes.digest(recipe),
         prompt="A red ball moves right fast. No gravity." if bounce else "What happens after the first frame.",
