@@ -301,6 +301,7 @@ def _leave_at_a_known_mistake() -> None:
 _HUSH = 3.0
 # what a file system says when it will not: the user's to mend
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 
 def main() -> None:

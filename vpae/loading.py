@@ -16,11 +16,13 @@ from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import alone, device_of_rank
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
+from vpae.files import is_path
 from vpae.models import find_model, fresh_transformer, student_lora, weights_fingerprint, wrap
 from vpae.recipe import Distillation, Engine, FinetuneFlow, Peer, Teacher
 from vpae.roles import Role, add_lora
 from vpae.runs import RECIPE, phases_of
 from vpae.sections import Lora
+from vpae.strict import shown
 
 ROLES = ("student", "ema", "teacher", "fake_score", "judge")
 
@@ -72,6 +74,8 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     Raises:
         UserError: it is neither, or has no such role or no checkpoint yet.
     """
+    if not is_path(str(path / RECIPE)):
+        raise UserError(f"{shown(str(path))} cannot be the path of a model")
     if (path / RECIPE).is_file() and not (path / "model_index.json").is_file():
         return _from_run(path, role or "ema", phase)
     if role not in (None, "teacher"):
@@ -125,7 +129,8 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
 
 def _check_base(found: checkpoints.Checkpoint, pipeline: Path) -> None:
     """Adapters, and the encoders around any student, belong to the teacher they were trained beside."""
-    there, here = found.state["identity"]["teacher"]["weights"], weights_fingerprint(pipeline)
+    teacher, here = found.part("identity", dict).get("teacher"), weights_fingerprint(pipeline)
+    there = teacher.get("weights") if isinstance(teacher, dict) else None
     if there != here:
         raise UserError(
             f"{found.folder} was distilled from a teacher of other weights ({there}) than {pipeline} holds now "

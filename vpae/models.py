@@ -22,12 +22,14 @@ from vpae.engine.host import require_memory
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend, require
+from vpae.files import is_path
 from vpae.heads import build_head
 from vpae.recipe import Distill, Engine, Student, Teacher
 from vpae.released import TRANSFORMERS
 from vpae.roles import Role, add_lora, copy_weights, full_copy
 from vpae.sections import Head, Lora
 from vpae.sequence import check_split
+from vpae.strict import shown
 from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
 
 
@@ -37,6 +39,8 @@ def find_model(path: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not is_path(path):
+        raise UserError(f"{shown(path)} cannot be the path of a model")
     direct = Path(path)
     if direct.is_dir():
         return direct

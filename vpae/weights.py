@@ -35,8 +35,8 @@ def unborn_transformer(config: Mapping[str, Any]) -> WanTransformer3DModel:
     try:
         with torch.device("meta"):
             return WanTransformer3DModel.from_config(dict(config)).eval()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the config does not make a WanTransformer3DModel: {error}") from None
+    except Exception as error:  # whatever of many kinds a number that fits nothing makes diffusers raise
+        raise UserError(f"the config does not make a WanTransformer3DModel: {_line(error)}") from None
 
 
 def store_as(transformer: WanTransformer3DModel, dtype: Literal["fp32", "bf16"]) -> None:
@@ -85,7 +85,7 @@ def read_weights(backbone: Backbone, pipeline: Path, processes: Processes) -> No
     try:
         _check_files(folder)
         stored = stored_shapes(folder)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{wrong}{_line(error)}") from None
     ignored = WanTransformer3DModel._keys_to_ignore_on_load_unexpected
     more = sorted(name for name in set(stored) - set(tensors) if not any(part in name for part in ignored))

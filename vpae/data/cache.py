@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from vpae.conditioning import Condition, first_frame_mask
 from vpae.data.encoders import Encoders
 from vpae.data.generate import teacher_fingerprint
+from vpae.data.manifest import fault, holds
 from vpae.data.pictures import PictureSource
 from vpae.data.shards import (
     FIELDS,
@@ -223,11 +224,19 @@ def open_cache(folder: Path, wanted: dict[str, Any], processes: Processes, *, fr
         difference = first_difference(have.get(field), value, field, ("in the cache", "in the recipe"))
         if difference:
             raise UserError(f"cache {folder} does not fit this recipe: {difference}; {mend}")
-    if not signed or not isinstance(manifest.get("made_with"), list):
-        raise UserError(f"{folder / MANIFEST} is damaged; {mend}")
+    if not signed or (wrong := fault(manifest)):
+        more = f" ({wrong} is not as it was written)" if signed else ""
+        raise UserError(f"{folder / MANIFEST} is damaged{more}; {mend}")
     if not fresh:
         processes.together(lambda: _check_files(folder, manifest, mend, processes))
-    return Cache(folder, manifest, load_file(folder / NULL_TEXT)["null_text"])
+    return Cache(folder, manifest, _null_text(folder, mend))
+
+
+def _null_text(folder: Path, mend: str) -> Tensor:
+    try:
+        return load_file(folder / NULL_TEXT)["null_text"]
+    except (OSError, SafetensorError, KeyError):
+        raise UserError(f"cache file {folder / NULL_TEXT} is missing or damaged; {mend}") from None
 
 
 def _check_files(folder: Path, manifest: dict[str, Any], mend: str, processes: Processes) -> None:
@@ -235,11 +244,14 @@ def _check_files(folder: Path, manifest: dict[str, Any], mend: str, processes: P
     others = {NULL_TEXT: "null_text_sha256", PROBE: "probe_sha256", REPORT: "report_sha256"}
     files = [(f, None, manifest.get(key)) for f, key in others.items()]
     files += [(s["file"], s["bytes"], s["sha256"]) for s in manifest["shards"]]
+    entries = {s["file"]: s for s in manifest["shards"]}
     for name, size, hashed in files[processes.rank :: processes.size]:
         file = folder / name
         if not file.is_file() or size not in (None, file.stat().st_size) or sha256(file) != hashed:
             kind = "shard" if size is not None else "file"
             raise UserError(f"cache {kind} {file} is missing or damaged; {mend}")
+        if name in entries and not holds(file, entries[name], manifest):
+            raise UserError(f"cache shard {file} does not hold what the manifest says; {mend}")
 
 
 def _check_rule(made: Cache, source: Source) -> None:

@@ -7,7 +7,9 @@ Mistakes of the list itself (no JSON, no such column, a path that leaves the fol
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,7 @@ from vpae.data.videos import Readable
 from vpae.errors import UserError
 
 CAPTIONS, CAPTIONS_CSV = "captions.jsonl", "captions.csv"
+_LINE_END = re.compile(r"\r\n?|\n")  # str.splitlines() knows seven more, which captions may hold
 SUFFIXES = tuple(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv".split())
 
 
@@ -111,6 +114,8 @@ def _only_once(clips: list[Named]) -> Iterator[Named]:
     for clip in clips:
         if clip.name in first and not clip.fault:
             clip = replace(clip, fault=f"{clip.name} is named twice; name each clip once")
+        if not clip.fault.isprintable():  # names may hold line ends
+            clip = replace(clip, fault="".join(c if c.isprintable() else repr(c)[1:-1] for c in clip.fault))
         first.setdefault(clip.name, clip.name)
         yield clip
 
@@ -118,7 +123,7 @@ def _only_once(clips: list[Named]) -> Iterator[Named]:
 def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
     csv_file = path.suffix.lower() == ".csv"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # line ends as they are: a CSV's caption may hold some
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a JSONL or CSV file, or a folder of videos"
@@ -144,16 +149,16 @@ def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
 
 
 def _json_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_LINE_END.split(text), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            at = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            )
+        except (ValueError, RecursionError) as error:
+            at = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+            if isinstance(error, json.JSONDecodeError):
+                at = f"{error.msg} at column {error.colno}"
             raise UserError(f"{where}: not JSON ({at}); write one object a line") from error
         if not isinstance(entry, dict):
             raise UserError(f'{where}: not an object; write {{"{columns[0]}": ..., "{columns[1]}": ...}}')
@@ -161,12 +166,12 @@ def _json_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tupl
 
 
 def _csv_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = reader.fieldnames or []
         missing = [c for c in columns if c not in header]
         if missing:
-            known = ", ".join(header) or "none"
+            known = ", ".join(name if name.isprintable() else repr(name) for name in header) or "none"
             raise UserError(
                 f"{path}: its first line names no column {' or '.join(missing)} (it has {known}); "
                 "mend it, or say columns: [FILE, CAPTION] with its own names"
@@ -203,6 +208,8 @@ def _check_inside(folder: Path, file: str, where: str) -> None:
 def _named(folder: Path, file: str, caption: Any, column: str, where: str) -> Named:
     _check_inside(folder, file, where)
     relative, path = PurePosixPath(file), folder / file
+    if not relative.name:
+        raise UserError(f"{where}: {file!r} names no file; mend the name")
     name, text = str(relative.with_suffix("")), caption.strip() if isinstance(caption, str) else ""
     fault = ""
     if not text:
@@ -238,6 +245,8 @@ def _folder(folder: Path) -> Listing:
             )
         except UnicodeDecodeError:
             caption, fault = "", f"{beside}: is not UTF-8 text; save it as UTF-8"
+        except OSError as error:
+            caption, fault = "", f"{beside}: cannot be read ({error.strerror}); write the clip's caption into it"
         if fault:
             clips.append(Named(str(PurePosixPath(file).with_suffix("")), "", video, fault=fault))
         else:

@@ -15,6 +15,7 @@ import pymunk
 from vpae.data import bounce
 from vpae.data.bounce import Clip, World, make_clip
 from vpae.data.counterfactual import make_pair
+from vpae.data.manifest import fault
 from vpae.data.shards import FIELDS, MANIFEST
 from vpae.data.sources import CAPTIONS, BounceSource
 from vpae.data.videos import write_video
@@ -160,6 +161,8 @@ def cache_dataset(folder: str | Path) -> datasets.Dataset:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if wrong := fault(manifest):
+            raise ValueError(f"{MANIFEST} is damaged: {wrong}")
         places = [(Path(s["file"]).name, row) for s in manifest["shards"] for row in range(s["clips"])]
         columns = {
             "name": manifest["names"],
@@ -168,7 +171,7 @@ def cache_dataset(folder: str | Path) -> datasets.Dataset:
             "row": [row for _, row in places],
         }
         rows = datasets.Dataset.from_dict(columns)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} holds no finished cache ({error}); build it with: vpae cache RECIPE") from error
 
     def with_tensors(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vpae.conditioning import PATCH
 from vpae.data.encoders import Encoders
 from vpae.data.generate import Teacher, condition_of
-from vpae.data.outcomes import Outcome, summary, tally
+from vpae.data.outcomes import Outcome, parsed, summary, tally
 from vpae.data.pictures import PictureSource
 from vpae.data.records import Record, Source, Unreachable
 from vpae.data.versions import versions
@@ -41,7 +41,8 @@ MANIFEST, NULL_TEXT, PROBE, REPORT = "manifest.json", "null_text.safetensors", "
 STAMP, STOP = "building.json", "stop"
 # all that a folder may hold while a cache is built in it
 OURS = re.compile(
-    r"lock|building\.json|stop|clips\.jsonl|(null_text|probe)\.safetensors|shard-\d{5,}\.(safetensors|partial)|\..*\.tmp"
+    r"lock|building\.json|stop|clips\.jsonl|(null_text|probe)\.safetensors|shard-\d{5,}\.(safetensors|partial)"
+    r"|\..*\.tmp|\.tmp\w{6}"  # the last: safetensors' own, which a kill leaves
 )
 _ENCODE_BATCH = 8
 _MOST_CLIPS, _MOST_BYTES, _FEWEST_SHARDS = 256, 32_000_000, 64
@@ -141,7 +142,7 @@ def _stamp(job: Build) -> list[int]:
             made_with = list(plain["made_with"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    for stale in [*job.folder.glob("*.partial"), *job.folder.glob(".*.tmp"), job.folder / STOP]:
+    for stale in [*job.folder.glob("*.partial"), *job.folder.glob(".*tmp*"), job.folder / STOP]:
         stale.unlink(missing_ok=True)
     if not made_with:
         for stale in job.folder.glob("shard-*"):
@@ -157,8 +158,9 @@ def _is_whole(file: Path) -> bool:
         return False
     try:
         with safe_open(file, framework="pt") as handle:
-            return "clips" in handle.metadata()
-    except (SafetensorError, OSError, TypeError):
+            parsed(handle.metadata()["clips"])
+            return True
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         file.unlink()
         return False
 
@@ -281,12 +283,12 @@ def _describe(job: Build, shard: int) -> dict[str, Any]:
     file = job.file(shard)
     try:
         with safe_open(file, framework="pt") as handle:
-            outcomes = json.loads(handle.metadata()["clips"])
+            outcomes = parsed(handle.metadata()["clips"])
             shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: was written and is not there ({error}); let all ranks see one folder") from None
     kept = sum(1 for o in outcomes if "left_out" not in o)
-    if len(outcomes) != len(job.positions(shard)) or any(shapes.get(n, [0])[0] != kept for n in FIELDS):
+    if len(outcomes) != len(job.positions(shard)) or any((shapes.get(n) or [0])[0] != kept for n in FIELDS):
         raise UserError(f"{file}: does not hold what its header says; remove {job.folder} to build it anew")
     entry = {"file": file.name, "clips": kept, "bytes": file.stat().st_size, "sha256": sha256(file)}
     return {"entry": entry, "outcomes": outcomes, "shapes": shapes}

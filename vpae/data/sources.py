@@ -19,6 +19,8 @@ from vpae.data.pictures import PRECISIONS, PictureSource
 from vpae.data.records import BAD, CROP, RATE, Record, Source, answered, ends, first_fault
 from vpae.data.videos import OTHER_FPS, OTHER_SIZE, SHORT, read_video_noted
 from vpae.errors import UserError
+from vpae.files import is_path
+from vpae.strict import shown
 
 __all__ = ["CAPTIONS", "BounceSource", "PictureSource", "Record", "Source", "VideoFolderSource", "open_source"]
 
@@ -154,22 +156,26 @@ class VideoFolderSource:
 
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 31
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _rate(value: Any) -> bool:
     return _number(value) and 0 < value <= 1000
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
 _Check = tuple[Callable[[Any], bool], str]
-_PATH: _Check = (lambda v: isinstance(v, str | Path) and bool(str(v)), "a path")
+_PATH: _Check = (lambda v: isinstance(v, str | Path) and is_path(str(v)), "a path")
 _TEXT: _Check = (lambda v: isinstance(v, str), "text")
 _COLUMNS: _Check = (
-    lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(isinstance(c, str) and c for c in v),
+    lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(_is_name(c) for c in v),
     "two names: [FILE, CAPTION]",
 )
 _SIZE: _Check = (
@@ -233,19 +239,19 @@ def open_source(spec: dict[str, Any]) -> Source:
     values = dict(spec)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise UserError(f"data source: kind is {kind!r}; write one of {', '.join(_KEYS)}")
+        raise UserError(f"data source: kind is {shown(kind)}; write one of {', '.join(_KEYS)}")
     where, keys = f"data source of kind {kind}", _KEYS[kind]
     for key in values:
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, 1) or list(keys)
-            raise UserError(f"{where}: unknown key {key!r}; did you mean {' or '.join(near)}?")
+            near = difflib.get_close_matches(shown(key).strip("'"), keys, 1) or list(keys)
+            raise UserError(f"{where}: unknown key {shown(key)}; did you mean {' or '.join(near)}?")
     for key, (needed, _) in keys.items():
         if needed and key not in values:
             raise UserError(f"{where}: {key} is missing; give it")
     for key, value in values.items():
         good, wanted = keys[key][1]
         if not good(value):
-            raise UserError(f"{where}: {key} is {value!r}; it has to be {wanted}")
+            raise UserError(f"{where}: {key} is {shown(value)}; it has to be {wanted}")
     for key in ("size", "columns"):
         if key in values:
             values[key] = tuple(values[key])
