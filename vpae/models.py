@@ -74,11 +74,12 @@ def check_fit(transformer: WanTransformer3DModel, cache: Cache, where: str) -> N
         UserError: another number of channels or another token width.
     """
     channels, config = cache.latent_shape[0], transformer.config
-    sample = cache.read(0, "text").shape[-1], cache.read(0, "image").shape[-1]
+    joined = channels + cache.manifest["temporal_stride"] if cache.kind == "i2v" else 0  # latent and mask
     expected = {
         "latent channels": (config.out_channels, channels),
-        "text width": (config.text_dim, sample[0]),
-        "image width": (config.image_dim, sample[1]),
+        "number of input channels": (config.in_channels, channels + joined),
+        "text width": (config.text_dim, cache.read(0, "text").shape[-1]),
+        "image width": (config.image_dim, cache.read(0, "image").shape[-1] if cache.kind == "i2v" else None),
     }
     for what, (model, data) in expected.items():
         if model != data:

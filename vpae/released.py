@@ -21,6 +21,23 @@ _WAN_14B: dict[str, Any] = {
     "added_kv_proj_dim": None,
     "rope_max_seq_len": 1024,
 }
+# What fixes names and shapes of the VAE of Wan2.2-TI2V-5B: 48 channels for 4 x 16 x 16 pixels, of which 2 x 2 go into
+# channels by rearrangement alone. Mean and std of its latents are in its own config.
+VAE_TI2V_5B: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+}
 _I2V_14B = _WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 
 # Config of the transformer in each released diffusers folder (huggingface.co/Wan-AI/NAME).
@@ -29,4 +46,6 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Wan2.1-I2V-14B-720P-Diffusers": _I2V_14B,
     "Wan2.1-T2V-14B-Diffusers": _WAN_14B,
     "Wan2.1-T2V-1.3B-Diffusers": _WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "Wan2.2-TI2V-5B-Diffusers": _WAN_14B
+    | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
 }
