@@ -206,6 +206,18 @@ def test_pipelines_that_are_not_known_are_told(change, message, micro_t2v, tmp_p
         load_pipeline(folder, transformer=True)
 
 
+def test_a_transformer_of_another_conditioning_is_told_before_anything_is_encoded(recipe_of, micro_ti2v, tmp_path):
+    """As of a folder whose config says image_dim though nothing in it makes image tokens."""
+    folder = shutil.copytree(micro_ti2v, tmp_path / "mixed")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"image_dim": 64, "added_kv_proj_dim": 24}))
+    plain = recipe_of("ti2v")
+    plain["teacher"]["path"] = str(folder)
+    with pytest.raises(UserError, match="is a ti2v pipeline, whose transformer has no image_dim, but .* image_dim: 64"):
+        distill(recipes.from_plain(plain, "test"), tmp_path / "run", False, start())
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("form", ["txt", "jsonl", "csv"])
 def test_clips_made_from_prompts_alone(form, recipe_of, micro_t2v, micro_ti2v, tmp_path):
     prompts = ["A red ball moves left.", "A blue ball, at rest."]

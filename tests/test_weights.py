@@ -17,10 +17,27 @@ from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.models import distillation_cast, fake_score, find_model, materialise
 from vpae.recipe import from_plain
-from vpae.released import TRANSFORMERS, VAE_TI2V_5B
+from vpae.released import TRANSFORMERS
 from vpae.weights import unborn_transformer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+# What fixes names and shapes of the VAE of Wan2.2-TI2V-5B: 48 channels for 4 x 16 x 16 pixels, of which 2 x 2 go into
+# channels by rearrangement alone. Mean and std of its latents are in its own config.
+VAE_TI2V_5B = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+}
 ALONE = Processes(0, 1, torch.device("cpu"), None)
 
 

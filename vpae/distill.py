@@ -27,6 +27,7 @@ from vpae.methods.equilibrium import Equilibrium
 from vpae.methods.priming import Priming
 from vpae.models import (
     Cast,
+    check_conditioning,
     check_fit,
     compile_blocks,
     distillation_cast,
@@ -82,6 +83,7 @@ def preflight_distill(recipe: Distill, processes: Processes) -> None:
         UserError: there is something.
     """
     open_source(recipe.data.source)
+    check_conditioning(find_model(recipe.teacher.path))
     fp32 = ""
     if recipe.equilibrium is not None:
         _taps(recipe.equilibrium.taps, transformer_config(find_model(recipe.teacher.path))["num_layers"])

@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 
 from vpae.backbone import Backbone
 from vpae.data.cache import Cache
-from vpae.data.encoders import transformer_config
+from vpae.data.encoders import pipeline_kind, transformer_config
 from vpae.draws import seed_of
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
@@ -87,6 +87,20 @@ def check_fit(transformer: WanTransformer3DModel, cache: Cache, where: str) -> N
                 f"the cache {cache.folder} and the transformer in {where} do not fit: {what} is {data} in the cache "
                 f"and {model} in the transformer; encode with that model's own VAE and text encoder"
             )
+
+
+def check_conditioning(pipeline: Path) -> None:
+    """A transformer that is told of CLIP tokens belongs into a pipeline that makes them, and no other does.
+
+    Raises:
+        UserError: the pipeline's transformer and its other parts are of different models.
+    """
+    kind, config = pipeline_kind(pipeline), transformer_config(pipeline)
+    if (config.get("image_dim") is not None) != (kind == "i2v"):
+        raise UserError(
+            f"{pipeline} is a {kind} pipeline, whose transformer has {'an' if kind == 'i2v' else 'no'} image_dim, but "
+            f"transformer/config.json says image_dim: {config.get('image_dim')}"
+        )
 
 
 def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str = "") -> None:

@@ -21,23 +21,6 @@ _WAN_14B: dict[str, Any] = {
     "added_kv_proj_dim": None,
     "rope_max_seq_len": 1024,
 }
-# What fixes names and shapes of the VAE of Wan2.2-TI2V-5B: 48 channels for 4 x 16 x 16 pixels, of which 2 x 2 go into
-# channels by rearrangement alone. Mean and std of its latents are in its own config.
-VAE_TI2V_5B: dict[str, Any] = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 16,
-}
 _I2V_14B = _WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 
 # Config of the transformer in each released diffusers folder (huggingface.co/Wan-AI/NAME).
