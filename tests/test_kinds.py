@@ -158,6 +158,8 @@ def test_samples_are_those_of_diffusers_own_pipeline(kind, pipeline_of, steps, g
         guidance_scale=guidance,
         scheduler=pipeline.scheduler,
     )
+    with pytest.raises(ValueError, match="give its shape"):
+        sample_latents(Role("teacher", backbone), condition, None, draws, steps=1)
     assert len(theirs) == len(ours) == steps * (1 if guidance == 1.0 else 2)
     for they, we in zip(theirs, ours, strict=True):
         for name in ("hidden_states", "timestep", "encoder_hidden_states"):

@@ -83,7 +83,7 @@ class Condition:
 
     def free(self, x: Tensor) -> Tensor:
         """The frames of ``x [B, C, T, h, w]`` that are made, which losses are means over."""
-        return x[:, :, self.given :]
+        return x[:, :, self.given :] if self.given else x
 
     def still(self, velocity: Tensor) -> Tensor:
         """A velocity ``[B, C, T, h, w]`` under which what is given stays as it is."""

@@ -62,8 +62,11 @@ def sample_latents(
 
     Raises:
         UserError: renoise with a number of steps it has no times for.
+        ValueError: neither ``shape`` nor the condition says how large a sample is.
     """
     sampler = sampler or ("renoise" if steps in RENOISE_TIMES and guidance_scale == 1.0 else "euler")
+    if shape is None and condition.mask is None:
+        raise ValueError("this condition does not tell how long a sample is: give its shape")
     shape = tuple(condition.latent.shape[1:] if shape is None else shape)
     noise = draws.normal("sample noise", shape)
 

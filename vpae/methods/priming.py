@@ -70,7 +70,7 @@ class Priming:
             x_t = interpolate(x0_hat, batch.draws.normal_like("score noise", x0_hat), t)
             fake = self.fake_score.x0(x_t, t, batch.condition)
             real = self.teacher.guided_x0(x_t, t, batch.condition, batch.null, self.settings.guidance_scale)
-            made, real, fake = map(batch.condition.free, (x0_hat, real, fake))
+            made, real, fake = map(batch.condition.free, (x0_hat.detach(), real, fake))
             gradient = losses.vsd_gradient(made, real, fake, self.settings.normaliser, t)
         loss = losses.vsd(batch.condition.free(x0_hat), gradient)
         scalars = {
