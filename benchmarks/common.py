@@ -21,8 +21,8 @@ def commit() -> str:
     return head + ("+" if dirty else "")
 
 
-def write_result(name: str, document: dict[str, Any]) -> Path:
+def write_result(name: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write ``results/NAME.json``: the document, and the date, commit and environment it was measured in."""
-    target = RESULTS / f"{name}.json"
+    target = folder / f"{name}.json"
     write_json(target, document | {"date": date.today().isoformat(), "commit": commit(), "environment": environment()})
     return target

@@ -117,6 +117,7 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
     phase_two = {
         "student_steps": 4,
         "head_per_student": 1,
+        "head_warmup_turns": 0,
         "judge": "unified",
         "taps": None,
         "head": {"kind": "semantic", "width": 16, "num_heads": 2, "queries": 1},
@@ -195,6 +196,86 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
             "evaluate": {"clips": 2, "batch": 2, "teacher_steps": 2, "teacher_guidance": 2.0, "seed": 0},
         }
     )
+
+
+def _peers(samples_folder: str) -> dict:
+    """Sections ``method`` by kind; ``lcm`` is ``pcm`` without its adversary."""
+    head = {"kind": "convolutional", "width": 16, "num_heads": 2, "queries": 1}
+    samples = {"folder": samples_folder, "count": 6, "steps": 2, "guidance_scale": 2.0, "seed": 0, "batch": 4}
+    consistency = {
+        "student_steps": 2,
+        "grid_steps": 4,
+        "grid_shift": 3.0,
+        "guidance_range": [2.0, 2.0],
+        "target": "ema",
+        "distance": "huber",
+        "huber_c": 0.001,
+        "ema_decay": 0.9,
+        "student_optimiser": _optimiser(1e-3),
+    }
+    both = {"ema_decay": 0.9, "student_optimiser": _optimiser(1e-3), "head_optimiser": _optimiser(1e-3)}
+    gan = {"student_steps": 2, "head_per_student": 1, "judge_time": _law(0.0, 0.98), "taps": None, "head": head} | both
+    adversary = {"weight": 0.1, "head_per_student": 1, "taps": [0, 3], "head": head}
+    return {
+        "mse": {
+            "kind": "mse",
+            "teacher_samples": samples,
+            "student_steps": 3,
+            "ema_decay": 0.9,
+            "student_optimiser": _optimiser(1e-3),
+        },
+        "dmd2": {
+            "kind": "dmd2",
+            "student_steps": 2,
+            "critic_per_student": 2,
+            "guidance_scale": 2.0,
+            "normaliser": "dmd",
+            "score_time": _law(),
+            "fake_time": _law(0.0, 1.0),
+            "judge_time": _law(0.0, 0.98),
+            "fake_lora": None,
+            "taps": None,
+            "head": head,
+            "student_gan_weight": 0.5,
+            "critic_gan_weight": 0.25,
+            "ema_decay": 0.9,
+            "student_optimiser": _optimiser(1e-3),
+            "critic_optimiser": _optimiser(1e-3),
+        },
+        "lcm": {"kind": "pcm", "consistency": consistency, "adversary": None},
+        "pcm": {
+            "kind": "pcm",
+            "consistency": consistency | {"target": "student"},
+            "adversary": adversary | {"head_optimiser": _optimiser(1e-3)},
+        },
+        "apt": {"kind": "apt", "consistency": consistency, "r1_weight": 10.0, "r1_sigma": 0.1} | gan,
+        "ladd": {
+            "kind": "ladd",
+            "teacher_samples": samples,
+            "student_times": [1.0],
+            "student_weights": [1.0],
+            "share_noise": False,
+            "adversarial": "hinge",
+        }
+        | gan,
+    }
+
+
+@pytest.fixture(scope="session")
+def micro_samples_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("samples") / "micro"
+
+
+@pytest.fixture
+def micro_peer(micro_recipe, micro_samples_folder):
+    """``micro_peer("dmd2" | "apt" | "pcm" | "lcm" | "ladd" | "mse")``: a plain peer recipe, to be changed freely."""
+
+    def make(name: str) -> dict:
+        shared = ("seed", "teacher", "data", "student", "engine", "watch", "evaluate")
+        plain = {"kind": "peer", "name": name, "method": _peers(str(micro_samples_folder))[name]}
+        return copy.deepcopy(plain | {key: micro_recipe[key] for key in shared})
+
+    return make
 
 
 @pytest.fixture

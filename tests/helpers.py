@@ -10,9 +10,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from vpae import recipe as recipes
-from vpae.data.cache import prepare
 from vpae.data.encoders import Encoders
-from vpae.distill import build_phase
+from vpae.distill import build_phase, open_data
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import Processes, start
 from vpae.engine.trainer import Trainer
@@ -28,9 +27,23 @@ def make_trainer(plain: dict, phase: str, folder: Path, processes: Processes | N
     processes = processes or start()
     recipe = recipes.from_plain(plain, "test")
     encoders = Encoders(recipe.teacher.path)
-    trainer = build_phase(recipe, phase, folder, prepare(recipe.data, encoders, processes), encoders, processes)
+    trainer = build_phase(recipe, phase, folder, open_data(recipe, encoders, processes), encoders, processes)
     trainer.run.gallery = None
     return trainer
+
+
+def rank_processes(mark: object) -> dict[int, int]:
+    """Rank -> process id of the ranks in whose command line ``mark`` stands."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        rank = [v for v in variables if v.startswith(b"RANK=")]
+        if rank and str(mark).encode() in command:
+            found[int(rank[0][5:])] = int(process.name)
+    return found
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,58 @@ def test_backend_without_its_package_is_refused(nothing_installed, name):
 def test_backend_without_a_derivative_cannot_train(name):
     with pytest.raises(UserError, match="no backward"):
         extras.check_attention_backend(name)
+
+
+@pytest.mark.parametrize("name", ["sage", "sage_hub", "flash_3"])
+def test_backend_without_a_derivative_can_sample(name, installed, monkeypatch):
+    backend = extras.ATTENTION_BACKENDS[name]
+    package = extras.OPTIONAL_PACKAGES[backend.package]
+    installed(backend.package, package.minimum, types.ModuleType(package.module))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert extras.check_attention_backend(name, training=False) == backend.dispatcher
+    with pytest.raises(UserError, match="bf16 alone, and --precision fp32 makes it"):
+        extras.check_attention_backend(name, training=False, fp32="--precision fp32")
+
+
+@pytest.mark.parametrize("name", [n for n, b in extras.ATTENTION_BACKENDS.items() if b.package])
+def test_a_recipe_or_a_command_with_an_absent_kernel_fails_at_start(nothing_installed, name):
+    """Before a model is looked for: the folder named here is none."""
+    from vpae.commands import evaluate, sample
+    from vpae.models import preflight
+
+    asked = types.SimpleNamespace(attention=name, precision="bf16", model=Path("nowhere"), role=None)
+    for command in (lambda: sample(asked), lambda: evaluate(asked, None)):
+        with pytest.raises(UserError, match=f"attention: {name} needs .*not installed: .*pip install"):
+            command()
+    teacher = types.SimpleNamespace(attention=name, fold_text_padding=False)
+    refused = "needs .*pip install" if extras.ATTENTION_BACKENDS[name].trains else "no backward"
+    with pytest.raises(UserError, match=refused):
+        preflight(teacher, types.SimpleNamespace(precision="bf16"), None)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_loaded_model_samples_through_another_kernel(fold):
+    """native_flash takes no mask, so padding is no longer folded; bf16 is what autocast makes of it."""
+    from diffusers.models.attention_dispatch import attention_backend
+    from helpers import tiny_transformer
+
+    from vpae.backbone import Backbone
+    from vpae.conditioning import Condition, first_frame_mask
+
+    torch.manual_seed(0)
+    backbone = Backbone(tiny_transformer().eval(), fold_text_padding=fold)
+    latents = torch.randn(2, 1, 16, 2, 4, 4)
+    condition = Condition(torch.randn(1, 6, 16), torch.randn(1, 5, 16), latents[1], first_frame_mask(2, 4, 4)[None])
+    inputs = latents[0], torch.tensor([0.5]), condition
+    with attention_backend("native"), torch.no_grad():
+        before = backbone(*inputs).velocity
+        extras.sample_with(backbone, "native_flash", "fp32")
+        processors = {block.attn2.processor._attention_backend for block in backbone.transformer.blocks}
+        assert {p.value for p in processors} == {"_native_flash"} and not backbone.fold_text_padding
+        torch.testing.assert_close(backbone(*inputs).velocity, before, rtol=0, atol=1e-5)
+        extras.sample_with(backbone, "native", "bf16")
+        gap = (backbone(*inputs).velocity - before).abs().max() / before.abs().max()
+    assert 1e-5 < gap < 0.05
 
 
 def test_gpu_backend_needs_a_gpu(installed, monkeypatch):

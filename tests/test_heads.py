@@ -186,3 +186,24 @@ def test_attention_is_softmax_attention_with_a_residual():
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="convolutional, cross_attention or semantic"):
         make("conv")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_keeps_less_and_changes_no_gradient(kind, inputs):
+    found, kept = [], []
+    for checkpointing in (False, True):
+        head, taps, sizes = awake(kind), [f.clone().requires_grad_() for f in inputs["features"]], []
+        head.checkpointing = checkpointing
+
+        def keep(saved, sizes=sizes):
+            sizes.append(saved.numel())
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            logits = head(**inputs | {"features": taps})
+        logits.square().sum().backward()
+        found.append([p.grad for p in head.parameters()] + [tap.grad for tap in taps])
+        kept.append(sum(sizes))
+    assert kept[1] <= kept[0] - TAPS * BATCH * TOKENS * WIDTH
+    for plain, recomputed in zip(*found, strict=True):
+        assert torch.equal(plain, recomputed)

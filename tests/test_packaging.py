@@ -90,7 +90,21 @@ def test_build_backend_fits_two_lines():
     assert len(text.splitlines()) == 2 and list(tomllib.loads(text)) == ["build-system"]
 
 
-@pytest.mark.parametrize("script", [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"], ids=lambda p: p.name)
+def test_the_container_holds_the_tested_versions():
+    text = (ROOT / "launch/Dockerfile").read_text()
+    base = re.search(r"^FROM python:(\d+\.\d+)\.\d+-", text, re.M)
+    assert base and base[1] in ("3.11", "3.12")
+    installs = re.findall(r"pip install .*", text)
+    assert len(installs) == 2 and all("-c launch/constraints.txt" in line for line in installs)
+    ignored = (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines()
+    needed = ("vpae", "recipes", "launch", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    assert ignored[0] == "*" and all(f"!{name}" in ignored for name in needed)
+
+
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_parse_and_are_executable(script):
     assert script.stat().st_mode & 0o111 == 0o111
     assert script.read_text().startswith("#!/usr/bin/env bash\n")

@@ -177,7 +177,7 @@ def test_a_choice_that_is_none_of_the_choices_gets_the_nearest(plain):
 
 @pytest.mark.parametrize("kind", ["distil", None, 3, ["distill"], {"a": 1}])
 def test_a_recipe_of_no_known_kind(plain, kind):
-    assert "key 'kind' must be one of distill, flow_matching, vae" in complaint(changed(plain, "kind", kind))
+    assert "key 'kind' must be one of distill, peer, flow_matching, vae" in complaint(changed(plain, "kind", kind))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,23 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     _ranks_option(parser, "one; torchrun starts them too, and on several machines")
     parser.add_argument("--output", type=Path, help="run folder (default: outputs/NAME of the recipe)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        choices=range(100),
+        metavar="M",
+        help="with --ranks: start all ranks again, from the newest checkpoint, when one is lost, at most M times",
+    )
+
+
+def _kernel_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--attention", default="native", help="kernel: native (default), flash, flash_3, xformers, sage, ..."
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the denoiser; most other kernels need bf16"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +91,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="verify a finished cache; contact sheet and statistics into its folder"
     )
 
-    distill = commands.add_parser("distill", help="phase I, hand-over, phase II: teacher to one-step student")
+    preflight = commands.add_parser(
+        "preflight", help="look at GPUs, versions, network, disks and limits of all ranks before a run"
+    )
+    preflight.add_argument("recipe", type=Path, nargs="?", help="also ask whether this recipe can run there")
+    _override_option(preflight)
+    _ranks_option(preflight, "one; torchrun starts them too, and on several machines")
+    preflight.add_argument("--output", type=Path, default=Path("outputs"), help="where the run will be written")
+    preflight.add_argument(
+        "--timeout", type=_rate, default=120.0, metavar="SECONDS", help="that ranks wait for one that hangs"
+    )
+
+    distill = commands.add_parser("distill", help="teacher to one-step student: V-PAE's phases, or a peer")
     _run_options(distill)
 
     sample = commands.add_parser("sample", help="images + prompts, or prompts alone, to mp4 and a contact sheet")
@@ -101,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="images are scaled and centre-cropped to it; default: as the model's recipe says, else the image's own",
     )
+    _kernel_options(sample)
     sample.add_argument("--fps", type=_rate, default=8.0)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--output", type=Path, default=Path("outputs/samples"))
@@ -114,13 +143,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=_count, default=1)
     evaluate.add_argument("--sampler", choices=("renoise", "euler"))
     evaluate.add_argument("--guidance-scale", type=float, default=1.0)
+    _kernel_options(evaluate)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", type=Path, help="write scores.json and a contact sheet here")
 
     export = commands.add_parser("export", help="a run's student as a proven diffusers folder or single file")
     export.add_argument("run", type=Path, help="run folder of vpae distill, finished or not")
     export.add_argument("--role", default="ema", choices=("ema", "student"))
-    export.add_argument("--phase", choices=("priming", "equilibrium"), help="default: the last one with a checkpoint")
+    export.add_argument(
+        "--phase", help="of the run: priming, equilibrium, or a peer's (default: the last one with a checkpoint)"
+    )
     export.add_argument(
         "--format",
         default="diffusers",
@@ -158,6 +190,8 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
 
     if arguments.command in ("finetune", "distill", "quickstart"):
         return _train(arguments)
+    if arguments.command == "preflight":
+        return _preflight(arguments)
     if arguments.command == "cache":
         from vpae.commands import cache
         from vpae.engine.launch import launch
@@ -185,9 +219,25 @@ def _dispatch(arguments: argparse.Namespace) -> bool:
     return bounce(arguments)
 
 
+def _preflight(arguments: argparse.Namespace) -> bool:
+    from vpae import recipe as recipes
+    from vpae.engine.launch import launch
+    from vpae.engine.parallel import leave
+    from vpae.preflight import preflight
+
+    recipe = recipes.load(arguments.recipe, tuple(arguments.overrides)) if arguments.recipe else None
+    if "RANK" not in os.environ and (arguments.ranks or 1) > 1:
+        leave(launch(arguments.ranks, sys.argv[1:]))
+    if not preflight(recipe, arguments.output, arguments.timeout):
+        time.sleep(0 if int(os.environ.get("RANK", "0")) == 0 else _HUSH)  # rank 0 prints the report
+        leave(2)
+    return True
+
+
 def _train(arguments: argparse.Namespace) -> bool:
     """The commands that train, here or on as many ranks of this machine as were asked for."""
     from vpae import recipe as recipes
+    from vpae.engine import restarts
     from vpae.engine.launch import default_ranks, launch
     from vpae.engine.parallel import leave, start
     from vpae.quickstart import default_recipe, quickstart
@@ -197,18 +247,24 @@ def _train(arguments: argparse.Namespace) -> bool:
     if "RANK" not in os.environ:
         otherwise = default_ranks(recipe.engine.global_batch) if arguments.command == "quickstart" else 1
         ranks = arguments.ranks or otherwise
-        if ranks > 1:
-            leave(launch(ranks, sys.argv[1:]))
+        max_restarts = getattr(arguments, "max_restarts", 0)
+        if ranks > 1 or max_restarts:
+            leave(launch(ranks, sys.argv[1:], max_restarts))
     if arguments.command == "quickstart":
         return quickstart(recipe, arguments.output, arguments.fresh, start())
     folder = arguments.output or Path("outputs") / recipe.name
+    processes = start()
+    resume = processes.agree([arguments.resume or restarts.claimed()])[0]
+    checkpoints = (*folder.glob("checkpoints/*/state.json"), *folder.glob("*/checkpoints/*/state.json"))
+    if resume and processes.is_main and not checkpoints:
+        print(f"nothing to resume in {folder} yet: the run begins from the start", flush=True)
     if arguments.command == "finetune":
         from vpae.finetune import finetune
 
-        return finetune(recipe, folder, arguments.resume, start())
+        return finetune(recipe, folder, resume, processes)
     from vpae.distill import distill
 
-    return distill(recipe, folder, arguments.resume, start())
+    return distill(recipe, folder, resume, processes)
 
 
 def _calm_libraries() -> None:
@@ -224,8 +280,23 @@ def _calm_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # torchao, which diffusers imports where it is installed, tells of kernels that no optimiser needs
+    for library in ("diffusers", "transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _leave_at_a_known_mistake() -> None:
+    """Where torchrun starts this rank again though the user must mend something first: leave with the same words.
+
+    They are said again by the last attempt alone, where they are the last thing that is read.
+    """
+    from vpae.engine import restarts
+
+    words = restarts.mistake()
+    if words is not None:
+        if words and restarts.is_last_attempt():
+            print(f"error: {words}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 # seconds: the launcher ends all ranks as soon as one has left, so the silent ones let the one that speaks go first
@@ -239,9 +310,10 @@ def main() -> None:
     parser = build_parser()
     arguments = parser.parse_args()
     _calm_libraries()
+    _leave_at_a_known_mistake()
     try:
-        from vpae.engine import signals
-        from vpae.engine.launch import note_saved
+        from vpae.engine import restarts, signals
+        from vpae.engine.launch import leave_with_the_launcher
         from vpae.engine.parallel import leave, lost_a_rank, speaks
     except ModuleNotFoundError as error:
         mend = "install with ./launch/install.sh, then: source .venv/bin/activate"
@@ -250,10 +322,12 @@ def main() -> None:
 
     # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
     signals.interrupt_on_signals()
+    leave_with_the_launcher()
     saved = "everything is saved"
 
     def tell(error: Exception, words: str) -> NoReturn:
         signals.ignore()
+        restarts.note_mistake(words if speaks(error) else "")
         if speaks(error):
             print(f"error: {words}", file=sys.stderr, flush=True)
         else:
@@ -277,8 +351,12 @@ def main() -> None:
         again = " with --resume" if arguments.command in ("finetune", "distill") else ""
         tell(error, f"{where}{error.strerror}; {what} and give the command again{again}")
     except RuntimeError as error:
-        if not (signals.received() and lost_a_rank(error)):
+        if not lost_a_rank(error):
             raise
+        if not signals.received():
+            reason = str(error).strip().partition("\n")[0]
+            print(f"rank {os.environ.get('RANK', '0')} lost another rank ({reason})", file=sys.stderr, flush=True)
+            leave(1)
         finished, saved = False, "the last checkpoint is whole"
     signals.ignore()
     if not finished and arguments.command not in ("finetune", "distill", "quickstart"):
@@ -287,7 +365,7 @@ def main() -> None:
         line = shlex.join(a for a in sys.argv[1:] if a not in ("--resume", "--fresh"))
         more = "" if arguments.command == "quickstart" else " --resume"
         print(f"interrupted, {saved}; go on with: vpae {line}{more}", flush=True)
-        note_saved()
+        restarts.note_saved()
     leave(0, together=finished)
 
 

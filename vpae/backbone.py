@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpae.conditioning import TEXT_LENGTH, Condition, pad_text
 from vpae.folding import FoldedTextProcessor
+from vpae.sequence import SequenceGroup, split_tokens
 
 TRAIN_TIMESTEPS = 1000  # the network's time input is 1000 t
 
@@ -77,13 +78,21 @@ class Backbone(nn.Module):
         self.fold_text_padding = fold_text_padding
         _keep_dtype_of_queries(transformer)
         self._text_rows = FoldedTextProcessor.install(transformer) if fold_text_padding else [0]
+        self.sequence: SequenceGroup | None = None
         self.adapter: str | None = None
+        self._tuned: tuple[tuple[str, ...], list[BaseTunerLayer]] = ((), [])  # adapters, and the layers that carry them
         self.adapter_seeds: dict[str, int] = {}  # of every LoRA on it, by name: what its first weights are drawn from
 
     @property
     def feature_dim(self) -> int:
         config = self.transformer.config
         return config.num_attention_heads * config.attention_head_dim
+
+    def share_tokens(self, sequence: SequenceGroup) -> None:
+        """From now on, compute each clip together with the other ranks of ``sequence``, which are all asked alike."""
+        if self.sequence is None:
+            split_tokens(self.transformer, sequence)
+            self.sequence = sequence
 
     def enable_checkpointing(self) -> None:
         """Recompute each block in the backward pass, with the adapter and text rows of the forward pass."""
@@ -103,6 +112,15 @@ class Backbone(nn.Module):
 
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
+    def _lora_layers(self, adapters: tuple[str, ...]) -> list[BaseTunerLayer]:
+        """The layers that carry adapters; looked for anew when one is added (peft may wrap further layers for it).
+
+        A walk over all modules takes as long as a small block's forward, and every recomputed block would make one.
+        """
+        if self._tuned[0] != adapters:
+            self._tuned = adapters, [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
+        return self._tuned[1]
+
     @contextlib.contextmanager
     def answering_as(self, adapter: str | None) -> Iterator[None]:
         """Let LoRA ``adapter`` answer (None: the base weights alone).
@@ -114,7 +132,10 @@ class Backbone(nn.Module):
         if adapter is not None and adapter not in known:
             carried = ", ".join(known) or "none"
             raise RuntimeError(f"adapter {adapter!r} is asked for, but this transformer carries {carried}")
-        layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
+        if not known:
+            yield
+            return
+        layers = self._lora_layers(tuple(known))
         before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
         previous, self.adapter = self.adapter, adapter
         for layer in layers:
@@ -197,7 +218,8 @@ class Backbone(nn.Module):
                 return_dict=False,
             )
         velocity = None if taps and stop_at_last_tap else condition.still(velocity.float())
-        return Prediction(velocity, [store[k] for k in taps], grid)
+        features = [store[k] if self.sequence is None else self.sequence.gather(store[k]) for k in taps]
+        return Prediction(velocity, features, grid)
 
     @property
     def dtype(self) -> torch.dtype:

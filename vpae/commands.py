@@ -26,11 +26,12 @@ from vpae.evaluation import clips_of, sample_clips
 from vpae.export.diffusers import export_student
 from vpae.export.precision import MOTION
 from vpae.export.single import DEFAULT_RANK, export_lora, export_wan
+from vpae.extras import check_attention_backend, sample_with
 from vpae.files import write_json
 from vpae.finetune import assemble
 from vpae.loading import Model, load_model
 from vpae.models import find_model
-from vpae.recipe import Distill, FinetuneVae
+from vpae.recipe import Distillation, FinetuneVae
 from vpae.runs import environment
 from vpae.sampling import sample_latents
 
@@ -40,7 +41,7 @@ def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
     recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
     if isinstance(recipe, FinetuneVae):
         raise UserError(f"{arguments.recipe} trains a VAE on pixels: there is nothing to encode")
-    if isinstance(recipe, Distill):
+    if isinstance(recipe, Distillation):
         pipeline = find_model(recipe.teacher.path)
     else:
         beside = Path(recipe.data.cache).with_name(Path(recipe.data.cache).name + "-encoders")
@@ -108,9 +109,18 @@ def _asked(
     return [None] * len(arguments.prompt), arguments.prompt, [f"{i:03d}" for i in range(len(arguments.prompt))], size
 
 
+def _load(arguments: argparse.Namespace) -> Model:
+    """The model to sample, with the attention kernel and precision asked for."""
+    fp32 = "--precision fp32" if arguments.precision == "fp32" else ""
+    check_attention_backend(arguments.attention, training=False, fp32=fp32)
+    model = load_model(arguments.model, arguments.role)
+    sample_with(model.role.backbone, arguments.attention, arguments.precision)
+    return model
+
+
 def sample(arguments: argparse.Namespace) -> bool:
     """Images and prompts (or prompts alone) to mp4 and a contact sheet."""
-    model = load_model(arguments.model, arguments.role)
+    model = _load(arguments)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
     shape = model.shape
     num_frames = arguments.num_frames or shape[0]
@@ -144,7 +154,7 @@ def sample(arguments: argparse.Namespace) -> bool:
 
 def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
     """Judge a model on Bounce clips; every rank samples a part of them."""
-    model = load_model(arguments.model, arguments.role)
+    model = _load(arguments)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
     clips = clips_of(model.world, arguments.split, arguments.clips)
     sampled = sample_clips(
@@ -176,6 +186,8 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
             "guidance_scale": arguments.guidance_scale,
             "seed": arguments.seed,
             "batch": arguments.batch,
+            "attention": arguments.attention,
+            "precision": arguments.precision,
             **sampled.plain(),
             "environment": environment(),
         }

@@ -29,6 +29,20 @@ def generator_of(*key: object, device: torch.device | str = "cpu") -> torch.Gene
     return torch.Generator(device=device).manual_seed(seed_of(*key))
 
 
+def rounding_bits(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """16 random bits, int32 ``[count]``, for the elements ``start ..`` of a tensor: a hash of ``key`` and the place.
+
+    Computed where it is wanted, the same everywhere: Wellons' lowbias32 in arithmetic modulo 2^32.
+    """
+    x = torch.arange(start, start + count, device=device).to(torch.int32)  # places wrap, beyond 2^31
+    x ^= (key & 0xFFFFFFFF) - (1 << 31)
+    x ^= (x >> 16) & 0xFFFF  # the shift is arithmetic
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B - (1 << 32)
+    return x.bitwise_xor_(x >> 16) & 0xFFFF
+
+
 class Draws:
     """The random numbers of one micro-batch.
 

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -69,6 +70,7 @@ OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
         "2.1.1",
         f"{_COMPILED} 'git+https://github.com/thu-ml/SageAttention' (it compiles: nvcc must be on PATH)",
     ),
+    "torchao": OptionalPackage("torchao", "torchao.optim", "0.18", "pip install 'torchao>=0.18,<0.19'"),
     "kernels": OptionalPackage("kernels", "kernels", "0.12", "pip install 'kernels>=0.12'"),
     # It pins transformers 4.33.2 and numpy<2, which no diffusers that knows Wan2.1 can live with.
     "vbench": OptionalPackage(
@@ -170,3 +172,20 @@ def check_attention_backend(name: str, *, training: bool = True, masks: bool = F
             f"attention: {name} runs on an NVIDIA GPU alone and torch {torch.__version__} sees none here; choose native"
         )
     return backend.dispatcher
+
+
+def sample_with(backbone: Any, name: str, precision: str) -> None:
+    """Let a loaded backbone answer through an attention kernel that was checked, and in bf16 where that is asked for.
+
+    Kernels without masks read the padding rows of the text one by one; the numbers are the same.
+
+    Args:
+        backbone: a :class:`vpae.backbone.Backbone`, from now on for sampling alone.
+        name: a key of ``ATTENTION_BACKENDS``.
+        precision: ``fp32`` or ``bf16`` (matrix products over the weights as they are).
+    """
+    kernel, transformer = ATTENTION_BACKENDS[name], backbone.transformer
+    transformer.set_attention_backend(kernel.dispatcher)
+    backbone.fold_text_padding = backbone.fold_text_padding and kernel.masks
+    if precision == "bf16":
+        backbone.forward = torch.autocast(transformer.device.type, torch.bfloat16)(backbone.forward)

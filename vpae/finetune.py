@@ -17,16 +17,18 @@ from vpae.data.encoders import Encoders, quiet, to_pixels, transformer_config
 from vpae.data.sources import Source, open_source
 from vpae.data.tiny import write_encoders
 from vpae.draws import Draws, seed_of
-from vpae.engine.parallel import Processes, placed, shard_backbone, shard_module, whole
+from vpae.engine.layout import placed
+from vpae.engine.parallel import Processes, shard_backbone, shard_module, whole
 from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
 from vpae.export.folder import model_index, write_transformer
+from vpae.extras import require
 from vpae.files import write_json, writing
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
 from vpae.methods.vae import Frames, VaeMethod
-from vpae.models import check_fit, compile_blocks, find_model, fresh_transformer, preflight, wrap
+from vpae.models import check_fit, check_tokens, compile_blocks, find_model, fresh_transformer, preflight, wrap
 from vpae.recipe import FinetuneFlow, FinetuneVae
 from vpae.roles import Role, full_copy
 from vpae.runs import environment, open_folder
@@ -73,6 +75,10 @@ def train_vae(recipe: FinetuneVae, folder: Path, resume: bool, processes: Proces
     for key in ("compile", "checkpointing"):
         if getattr(recipe.engine, key):
             raise UserError(f"engine.{key}: true is for transformers; set it to false for a VAE")
+    if recipe.engine.ema_on == "cpu":
+        raise UserError("engine.ema_on: cpu is for transformers; set it to device for a VAE")
+    if recipe.engine.optimiser_state == "int8":
+        require("torchao", "engine.optimiser_state: int8")
     open_folder(folder, recipe, resume, processes)
     source = open_source(recipe.source)
     first = first_vae(recipe)
@@ -241,8 +247,9 @@ def _networks(recipe: FinetuneFlow, cache: Cache, processes: Processes) -> tuple
     student = Role("student", wrap(transformer, recipe.teacher, recipe.engine))
     ema = full_copy(student, "ema")
     for role in (student, ema):
-        shard_backbone(role.backbone, processes)
-        give_memory(role.backbone, processes)
+        on_host = role is ema and recipe.engine.ema_on == "cpu" and processes.mesh is not None
+        shard_backbone(role.backbone, processes, on_host=on_host)
+        give_memory(role.backbone, processes, on_host=on_host)
     if drawn is None:
         read_weights(student.backbone, given, processes)
     else:
@@ -256,6 +263,8 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     preflight(recipe.teacher, recipe.engine, processes)
     open_folder(folder, recipe, resume, processes)
     pipeline = assemble(recipe, folder, processes)
+    config = recipe.transformer or transformer_config(pipeline)
+    check_tokens(config, pipeline, open_source(recipe.data.source).shape, processes)
     encoders = Encoders(pipeline, processes.device)
     cache = prepare(recipe.data, encoders, processes)
     encoders.keep_vae()
@@ -313,7 +322,7 @@ def finetune(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proc
     Raises:
         UserError: the recipe is one of distillation, or anything the training finds wrong.
     """
-    processes = placed(processes, recipe.engine.parallel)
+    processes = placed(processes, recipe.engine)
     if isinstance(recipe, FinetuneVae):
         return train_vae(recipe, folder, resume, processes)
     if isinstance(recipe, FinetuneFlow):

@@ -15,10 +15,11 @@ from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import alone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
-from vpae.models import find_model, weights_fingerprint, wrap
-from vpae.recipe import Distill, Engine, FinetuneFlow, Teacher
+from vpae.models import find_model, student_lora, weights_fingerprint, wrap
+from vpae.recipe import Distillation, Engine, FinetuneFlow, Peer, Teacher
 from vpae.roles import Role, add_lora
-from vpae.runs import PHASES, RECIPE
+from vpae.runs import RECIPE, phases_of
+from vpae.sections import Lora
 from vpae.weights import give_memory, read_weights, unborn_transformer
 
 ROLES = ("student", "ema", "teacher", "fake_score", "judge")
@@ -95,26 +96,33 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
     recipe = recipes.load_stored(run / RECIPE)
     if isinstance(recipe, FinetuneFlow):
         return _from_teacher_run(run, recipe, role)
-    if not isinstance(recipe, Distill):
+    if not isinstance(recipe, Distillation):
         raise UserError(
             f"{run} is a {recipe.kind} run: there is nothing to sample from; its result is {run / recipe.kind}"
         )
     if role not in ROLES:
         raise UserError(f"a distillation has the roles {', '.join(ROLES)} to sample from, not {role!r}")
-    only = {"fake_score": "priming", "judge": "equilibrium"}.get(role, phase)
+    place = _place_of(recipe, role)
+    only = place.phase or phase
     if phase not in (None, only):
         raise UserError(f"phase {phase} has no {role}; it belongs to {only}")
+    phases = phases_of(recipe)
+    if only is not None and only not in phases:
+        raise UserError(f"{run} has no phase {only}; it has {', '.join(phases)}")
     pipeline = find_model(recipe.teacher.path)
-    chosen, stored = _role_of(recipe, role, pipeline)
-    if stored is None:
-        _give_weights(chosen, pipeline)
-        return Model(chosen, pipeline, recipe, f"{role} {pipeline}")
-    for name in reversed(PHASES) if only is None else (only,):
+    base = _base(recipe.teacher, recipe.engine, transformer_config(pipeline))
+    if place.stored is None:
+        teacher = Role("teacher", base)
+        _give_weights(teacher, pipeline)
+        return Model(teacher, pipeline, recipe, f"{role} {pipeline}")
+    own = place.stored.split(".")[-1]
+    chosen = Role(own, base) if place.lora is None else add_lora(base, own, place.lora, recipe.seed)
+    for name in reversed(phases) if only is None else (only,):
         found = checkpoints.find(run / name / "checkpoints")
         if found is not None:
             _check_base(found, pipeline)
             _give_weights(chosen, None if chosen.adapter is None else pipeline)
-            tensors = {f"{stored}.{key}": p.detach() for key, p in chosen.named_parameters()}
+            tensors = {f"{place.stored}.{key}": p.detach() for key, p in chosen.named_parameters()}
             checkpoints.load(found, tensors, alone())
             return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
     raise UserError(f"{run} holds no checkpoint{f' of phase {only}' if only else ''} yet")
@@ -143,25 +151,48 @@ def _give_weights(role: Role, pipeline: Path | None) -> None:
         read_weights(role.backbone, pipeline, alone())
 
 
-def _role_of(recipe: Distill, role: str, pipeline: Path) -> tuple[Role, str | None]:
-    """A role of a run, without memory, and the name of its weights in a checkpoint (None: it is the frozen teacher)."""
-    stored, lora = role, recipe.student.lora if recipe.student.kind == "lora" else None
+@dataclass(frozen=True)
+class _Place:
+    """Where a run keeps a role.
+
+    Attributes:
+        stored: the name of its weights in a checkpoint; None: it is the frozen teacher.
+        lora: its adapter; None: it has weights of its own.
+        phase: the only one that has it; None: all have.
+    """
+
+    stored: str | None
+    lora: Lora | None = None
+    phase: str | None = None
+
+
+def _place_of(recipe: Distillation, role: str) -> _Place:
+    lora = student_lora(recipe.student)
+    if role in ("student", "ema"):
+        return _Place(role, lora)
+    if role == "teacher":
+        return _Place(None)
+    if isinstance(recipe, Peer):
+        return _place_in_peer(recipe, role)
     if role == "fake_score":
         if recipe.priming is None:
             raise UserError("the recipe of this run has no phase I, so there is no fake_score")
-        lora = recipe.priming.fake_lora
-    if role == "judge":
-        if recipe.equilibrium is None:
-            raise UserError("the recipe of this run has no phase II, so there is no judge")
-        role, stored = {
-            "unified": ("ema", "ema"),
-            "frozen": ("teacher", "teacher"),
-            "trainable": ("judge", "head.judge"),
-        }[recipe.equilibrium.judge]
-    base = _base(recipe.teacher, recipe.engine, transformer_config(pipeline))
-    if role == "teacher":
-        return Role("teacher", base), None
-    return (Role(role, base) if lora is None else add_lora(base, role, lora, recipe.seed)), stored
+        return _Place("fake_score", recipe.priming.fake_lora, "priming")
+    if recipe.equilibrium is None:
+        raise UserError("the recipe of this run has no phase II, so there is no judge")
+    stored = {"unified": "ema", "frozen": None, "trainable": "head.judge"}[recipe.equilibrium.judge]
+    return _Place(stored, None if stored is None else lora, "equilibrium")
+
+
+def _place_in_peer(recipe: Peer, role: str) -> _Place:
+    method = recipe.method
+    if method.kind == "dmd2":  # its fake score is its judge
+        return _Place("critic.fake_score", method.fake_lora, "dmd2")
+    if role == "judge" and method.kind == "apt":
+        return _Place("head.judge", student_lora(recipe.student), "apt")
+    if role == "judge" and method.kind in ("ladd", "pcm"):
+        return _Place(None)
+    raise UserError(f"the method of this run, {method.kind}, has no {role}")
 
 
 def _from_teacher_run(run: Path, recipe: FinetuneFlow, role: str) -> Model:

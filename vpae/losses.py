@@ -77,10 +77,30 @@ def softplus_generator(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
+def hinge_margin_generator(fake: Tensor) -> Tensor:
+    """``E[max(0, 1 - D(x0_hat))]``: a hinge on the generator's side too (PCM, arXiv 2405.18407, its code)."""
+    return F.relu(1 - fake).mean()
+
+
 ADVERSARIAL = {
     "hinge": (hinge_discriminator, hinge_generator),
     "softplus": (softplus_discriminator, softplus_generator),
 }
+
+
+def pseudo_huber(x: Tensor, target: Tensor, c: float) -> Tensor:
+    """``mean(sqrt((x - target)^2 + c^2) - c)`` (LCM, PCM): squared for differences below c, absolute above.
+
+    Args:
+        target: detached here.
+    """
+    error = x.float() - target.detach().float()
+    return ((error.square() + c**2).sqrt() - c).mean()
+
+
+def regression(x: Tensor, target: Tensor) -> Tensor:
+    """``|| x - sg target ||^2`` per element."""
+    return F.mse_loss(x.float(), target.detach().float())
 
 
 def spatial_perturbation(noise: Tensor, sigma: float) -> Tensor:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch import nn
 
-from vpae.backbone import Backbone
+from vpae.backbone import Backbone, default_taps
 from vpae.data.cache import Cache
 from vpae.data.encoders import pipeline_kind, transformer_config
-from vpae.draws import seed_of
+from vpae.draws import generator_of, seed_of
+from vpae.engine.host import require_memory
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
-from vpae.extras import check_attention_backend
-from vpae.recipe import Distill, Engine, Lora, Student, Teacher
+from vpae.extras import check_attention_backend, require
+from vpae.heads import build_head
+from vpae.recipe import Distill, Engine, Student, Teacher
 from vpae.released import TRANSFORMERS
 from vpae.roles import Role, add_lora, copy_weights, full_copy
+from vpae.sections import Head, Lora
+from vpae.sequence import check_split
 from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
 
 
@@ -110,11 +119,44 @@ def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str 
         fp32: the key of the recipe, besides the engine's precision, that makes attention compute in fp32.
 
     Raises:
-        UserError: the attention kernel cannot serve the recipe here, or the ranks cannot share the batch.
+        UserError: the attention kernel, the optimiser or the EMA's place cannot serve the recipe here, or the ranks
+            cannot share the batch.
     """
     exact = "engine.precision: fp32" if engine.precision == "fp32" else fp32
     check_attention_backend(teacher.attention, masks=teacher.fold_text_padding, fp32=exact)
+    if engine.optimiser_state == "int8":
+        require("torchao", "engine.optimiser_state: int8")
+    if engine.ema_on == "cpu" and processes.mesh is None and processes.device.type != "cpu":
+        raise UserError(
+            "engine.ema_on: cpu keeps the shards of the EMA there, and here it is not sharded: set it to device, or "
+            "use engine.parallel: fsdp on several ranks"
+        )
     processes.share(engine.global_batch)
+
+
+def check_tokens(
+    config: Mapping[str, Any], pipeline: Path, shape: tuple[int, int, int] | None, processes: Processes
+) -> None:
+    """Ranks that share clips must be able to split them.
+
+    Args:
+        config: of the transformer.
+        pipeline: folder with the VAE.
+        shape: frames, height and width of the clips, px; None where it is not known before they are read.
+
+    Raises:
+        UserError: tokens or heads do not divide evenly.
+    """
+    if processes.degree == 1 or shape is None:
+        return
+    try:
+        vae = json.loads((pipeline / "vae" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the VAE's config.json in {pipeline}: {error}") from None
+    stride, edge = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    latent = ((shape[0] - 1) // stride + 1, shape[1] // edge, shape[2] // edge)
+    tokens = math.prod(size // patch for size, patch in zip(latent, config.get("patch_size", (1, 2, 2)), strict=True))
+    check_split(processes.degree, heads=config.get("num_attention_heads", 40), tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -145,15 +187,23 @@ def distillation_cast(teacher: Teacher, student: Student, engine: Engine, seed: 
     return Cast(pipeline, base, live, ema, [base.backbone, live.backbone, ema.backbone])
 
 
-def materialise(cast: Cast, processes: Processes) -> None:
+def materialise(cast: Cast, processes: Processes, ema_on: str = "device") -> None:
     """Shard the networks, give them memory and read the teacher's weights: every role answers as the teacher does.
 
+    Args:
+        ema_on: the recipe's ``engine.ema_on``; where it is ``cpu``, :func:`preflight` has found shards to keep there.
+
     Raises:
-        UserError: the teacher's files are damaged, or not those of its config.
+        UserError: the teacher's files are damaged, or not those of its config; or the host lacks memory for the EMA.
     """
     for backbone in cast.backbones:
-        shard_backbone(backbone, processes)
-        give_memory(backbone, processes)
+        on_host = ema_on == "cpu" and backbone is cast.ema.backbone and processes.mesh is not None
+        if on_host:
+            size = sum(p.numel() * p.element_size() for p in backbone.transformer.parameters())
+            wanted = {"engine.ema_on: cpu": size // processes.mesh.shape[-1]}
+            processes.together(lambda wanted=wanted: require_memory(wanted))
+        shard_backbone(backbone, processes, on_host=on_host)
+        give_memory(backbone, processes, on_host=on_host)
     base, *copies = cast.backbones
     read_weights(base, cast.pipeline, processes)
     for i, backbone in enumerate(copies):
@@ -165,9 +215,27 @@ def materialise(cast: Cast, processes: Processes) -> None:
         copy_weights(cast.student, cast.ema)
 
 
-def fake_score(cast: Cast, lora: Lora, seed: int) -> Role:
-    """The teacher plus a zero-initialised LoRA: equal to the teacher at step 0."""
-    return add_lora(cast.teacher.backbone, "fake_score", lora, seed)
+def trainable(cast: Cast, name: str, lora: Lora | None, seed: int) -> Role:
+    """A network that answers as the teacher at step 0 and learns beside the student.
+
+    Args:
+        lora: its adapter on the teacher's weights; None: weights of its own.
+    """
+    if lora is not None:
+        return add_lora(cast.teacher.backbone, name, lora, seed)
+    twin = full_copy(cast.student, name)
+    cast.backbones.append(twin.backbone)
+    return twin
+
+
+def fake_score(cast: Cast, lora: Lora | None, seed: int) -> Role:
+    """Whoever follows the student's distribution, from the teacher on."""
+    return trainable(cast, "fake_score", lora, seed)
+
+
+def student_lora(student: Student) -> Lora | None:
+    """The student's adapter; None where it has its own weights."""
+    return student.lora if student.kind == "lora" else None
 
 
 def judge_of(recipe: Distill, cast: Cast) -> Role:
@@ -177,11 +245,38 @@ def judge_of(recipe: Distill, cast: Cast) -> Role:
         return cast.ema
     if kind == "frozen":
         return cast.teacher
-    if recipe.student.kind == "lora":
-        return add_lora(cast.teacher.backbone, "judge", recipe.student.lora, recipe.seed)
-    judge = full_copy(cast.student, "judge")
-    cast.backbones.append(judge.backbone)
-    return judge
+    return trainable(cast, "judge", student_lora(recipe.student), recipe.seed)
+
+
+def choose_taps(chosen: tuple[int, ...] | None, num_layers: int, key: str) -> tuple[int, ...]:
+    """The blocks that a recipe's ``key`` names, or the default ones.
+
+    Raises:
+        UserError: the transformer has no such block.
+    """
+    taps = default_taps(num_layers) if chosen is None else tuple(chosen)
+    if not taps or max(taps) >= num_layers or min(taps) < 0:
+        raise UserError(f"{key} {list(taps)} do not fit a transformer of {num_layers} blocks")
+    return taps
+
+
+def head_of(
+    settings: Head, num_taps: int, cast: Cast, seed: int, device: torch.device, *, independent: bool = False
+) -> nn.Module:
+    """A fresh head for the blocks of any of the cast's networks; ``independent``: one for every tap."""
+    config = cast.teacher.backbone.transformer.config
+    return build_head(
+        settings.kind,
+        feature_dim=cast.teacher.backbone.feature_dim,
+        num_taps=num_taps,
+        image_dim=config.image_dim,
+        text_dim=config.text_dim,
+        width=settings.width,
+        num_heads=settings.num_heads,
+        queries=settings.queries,
+        generator=generator_of(seed, "head"),
+        independent=independent,
+    ).to(device)
 
 
 def compile_blocks(backbones: list[Backbone]) -> None:

@@ -21,9 +21,9 @@ from vpae.export.diffusers import export_student
 from vpae.files import write_json
 from vpae.judge.judge import SetScores, judge_set
 from vpae.loading import Model, load_model
-from vpae.recipe import Distill
+from vpae.recipe import Distill, Distillation
 from vpae.report import Variant, format_headline, format_table, write_comparison, write_report
-from vpae.runs import PHASES, RECIPE, environment
+from vpae.runs import PEER_PHASES, PHASES, RECIPE, environment, phases_of
 
 _SHOWN = 8  # clips on the page
 _TABLE_ONLY = ("student 4 NFE", "phase I 1 NFE")
@@ -48,7 +48,7 @@ def quickstart(recipe: recipes.Recipe, folder: Path, fresh: bool, processes: Pro
         UserError: the recipe does not distil, or anything the run finds wrong.
     """
     started = time.monotonic()
-    if not isinstance(recipe, Distill):
+    if not isinstance(recipe, Distillation):
         raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; the main job distils")
     if fresh:
         preflight_distill(recipe, processes)
@@ -61,6 +61,7 @@ def quickstart(recipe: recipes.Recipe, folder: Path, fresh: bool, processes: Pro
 
 _MADE = (
     *PHASES,
+    *PEER_PHASES,
     "student",
     "student.partial",
     "student.before",
@@ -82,24 +83,25 @@ def _forget(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def seconds_training(folder: Path) -> float:
-    """Seconds spent in turns of both phases, over all calls that it took to finish them."""
-    found = (checkpoints.find(folder / phase / "checkpoints") for phase in PHASES)
+def seconds_training(folder: Path, recipe: Distillation) -> float:
+    """Seconds spent in turns of all phases, over all calls that it took to finish them."""
+    found = (checkpoints.find(folder / phase / "checkpoints") for phase in phases_of(recipe))
     return sum(float(checkpoint.state["seconds"]) for checkpoint in found if checkpoint is not None)
 
 
-def compare(recipe: Distill, folder: Path, started: float, processes: Processes) -> None:
+def compare(recipe: Distillation, folder: Path, started: float, processes: Processes) -> None:
     """Judge the student beside its teacher (all ranks), export it, write results, comparison and report (rank 0)."""
     student, teacher = load_model(folder), load_model(folder, "teacher")
     encoders = Encoders(student.pipeline, student.role.backbone.transformer.device)
     clips = clips_of(student.world, "test", recipe.evaluate.clips)
-    primed = load_model(folder, phase="priming") if recipe.priming and recipe.equilibrium else None
+    both = isinstance(recipe, Distill) and recipe.priming and recipe.equilibrium
+    primed = load_model(folder, phase="priming") if both else None
     rows = judge_rows(recipe, student, teacher, primed, encoders, clips, processes)
     processes.together(lambda: _write(recipe, folder, started, student, clips, rows, processes), main_only=True)
 
 
 def _write(
-    recipe: Distill,
+    recipe: Distillation,
     folder: Path,
     started: float,
     student: Model,
@@ -115,7 +117,7 @@ def _write(
         "recipe": recipes.digest(recipe),
         "seed": recipe.seed,
         "clips": len(clips),
-        "seconds_training": round(seconds_training(folder), 1),
+        "seconds_training": round(seconds_training(folder, recipe), 1),
         "seconds_this_call": round(time.monotonic() - started, 1),
         "summary": {k: round(v, 4) for k, v in summary.items()},
         "real": Sampled([], real, 0.0, 0).plain(),
@@ -133,7 +135,7 @@ def _write(
 
 
 def judge_rows(
-    recipe: Distill,
+    recipe: Distillation,
     student: Model,
     teacher: Model,
     primed: Model | None,
@@ -205,7 +207,7 @@ def variants_of(rows: dict[str, Sampled]) -> list[Variant]:
 
 
 def show(
-    recipe: Distill,
+    recipe: Distillation,
     folder: Path,
     clips: list[Clip],
     real: SetScores,
@@ -229,7 +231,7 @@ def show(
         clips=captions,
         real=frames,
         variants=variants,
-        logs={p: read_log(folder / p / "log.jsonl") for p in PHASES if (folder / p / "log.jsonl").is_file()},
+        logs={p: read_log(folder / p / "log.jsonl") for p in phases_of(recipe) if (folder / p / "log.jsonl").is_file()},
         facts=facts,
         real_scores=_scores(real),
     )

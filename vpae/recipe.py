@@ -16,31 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from vpae import peer_recipe
 from vpae.errors import UserError
 from vpae.flow import TimeLaw
+from vpae.sections import Head, Lora, Optimiser
 from vpae.strict import build, check_ranges, kind_of, read_yaml
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A peft LoRA: rank, alpha, and the linear layers it is put on (suffixes of diffusers' module names)."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Optimiser:
-    """AdamW of one player; ``schedule`` is constant or cosine (to a tenth), after a linear warm-up."""
-
-    learning_rate: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    warmup_steps: int
-    schedule: Literal["constant", "cosine"]
-    clip_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -91,16 +71,6 @@ class Priming:
 
 
 @dataclass(frozen=True)
-class Head:
-    """The discriminator's head; sizes are ours, the paper gives none."""
-
-    kind: Literal["convolutional", "cross_attention", "semantic"]
-    width: int
-    num_heads: int
-    queries: int
-
-
-@dataclass(frozen=True)
 class R1:
     """ST-R1: finite differences under spatial and temporal noise, weight 0 switches it off.
 
@@ -133,10 +103,14 @@ class Sds:
 
 @dataclass(frozen=True)
 class Equilibrium:
-    """Phase II, unified adversarial equilibrium (V-PAE)."""
+    """Phase II, unified adversarial equilibrium (V-PAE).
+
+    ``head_warmup_turns`` come before the first turn of the student, who else may outrun a head that knows nothing yet.
+    """
 
     student_steps: int
     head_per_student: int
+    head_warmup_turns: int
     judge: Literal["unified", "frozen", "trainable"]
     taps: tuple[int, ...] | None
     head: Head
@@ -162,8 +136,9 @@ class Engine:
     as a large model needs it; ``hsdp`` in shards over the ranks of one machine, the same on every machine, so that only
     gradients cross the network; ``replicate`` whole on every rank, where only gradients travel, faster where it fits.
     ``sequence_parallel`` ranks share each clip's tokens. ``optimiser_state``: precision of Adam's two moments, or
-    ``cpu`` to keep them (in fp32) in the machine's own memory. ``ema_on``: where the EMA that nobody reads in a turn is
-    kept. ``async_checkpoints``: training goes on while a checkpoint is written.
+    ``cpu`` to keep them (in fp32, the same numbers) in the machine's own memory. ``ema_on``: where the EMA of a sharded
+    full student is kept; from ``cpu`` each block's weights come to the device when they are wanted.
+    ``async_checkpoints``: training goes on while a checkpoint is written from a copy in the machine's memory.
     """
 
     global_batch: int
@@ -224,6 +199,22 @@ class Distill:
     priming_run: str | None
     priming: Priming | None
     equilibrium: Equilibrium | None
+    engine: Engine
+    watch: Watch
+    evaluate: Evaluate
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``vpae distill`` by a method that V-PAE is compared with; see :mod:`vpae.peer_recipe`."""
+
+    kind: Literal["peer"]
+    name: str
+    seed: int
+    teacher: Teacher
+    data: Data
+    student: Student
+    method: peer_recipe.Method
     engine: Engine
     watch: Watch
     evaluate: Evaluate
@@ -296,8 +287,9 @@ class FinetuneVae:
     evaluate_clips: int
 
 
-Recipe = Distill | FinetuneFlow | FinetuneVae
-KINDS: dict[str, type] = {"distill": Distill, "flow_matching": FinetuneFlow, "vae": FinetuneVae}
+Distillation = Distill | Peer
+Recipe = Distillation | FinetuneFlow | FinetuneVae
+KINDS: dict[str, type] = {"distill": Distill, "peer": Peer, "flow_matching": FinetuneFlow, "vae": FinetuneVae}
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -331,6 +323,7 @@ def _read(path: Path) -> dict[str, Any]:
 ADDED: dict[str, dict[str, Any]] = {
     "engine": {"sequence_parallel": 1, "optimiser_state": "fp32", "ema_on": "device", "async_checkpoints": False},
     "optimiser": {"eps": 1e-8},
+    "equilibrium": {"head_warmup_turns": 0},
 }
 
 
@@ -419,24 +412,36 @@ def _check(recipe: Recipe, where: str) -> None:
     )
     if isinstance(recipe, FinetuneVae):
         need(
+            engine.sequence_parallel == 1,
+            "engine.sequence_parallel splits a transformer's tokens: set it to 1 for a VAE",
+        )
+        need(
             recipe.training.trained == "all" or recipe.init is not None,
             "training.trained is decoder, so init must name the VAE whose encoder is kept",
         )
     if isinstance(recipe, FinetuneFlow):
         need(recipe.teacher.dtype == "fp32", "teacher.dtype must be fp32: flow matching trains these weights")
-    if not isinstance(recipe, Distill):
+    if not isinstance(recipe, Distillation):
         return
     need(
         recipe.teacher.dtype == "fp32" or engine.precision == "bf16",
         "teacher.dtype bf16 has no fp32 to compute in: set engine.precision to bf16, or teacher.dtype to fp32",
     )
+    if recipe.student.kind == "lora":
+        need(recipe.student.lora is not None, "student.kind is lora, so student.lora must say its rank, alpha, targets")
+        need(
+            engine.ema_on == "device",
+            "engine.ema_on is cpu, and the EMA of a LoRA student is a small adapter on the teacher's weights: set it "
+            "to device",
+        )
+    if isinstance(recipe, Peer):
+        peer_recipe.check(recipe.method, recipe.student.kind, need)
+        return
     need(recipe.priming is not None or recipe.equilibrium is not None, "both phases are null: nothing to do")
     need(
         recipe.priming_run is None or (recipe.priming is None and recipe.equilibrium is not None),
         "priming_run starts phase II from another run's phase I: set priming: null and keep equilibrium",
     )
-    if recipe.student.kind == "lora":
-        need(recipe.student.lora is not None, "student.kind is lora, so student.lora must say its rank, alpha, targets")
     if recipe.priming is not None:
         need(
             recipe.priming.score_time.low > 0, "priming.score_time.low must be above 0 (the score is infinite at t = 0)"

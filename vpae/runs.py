@@ -13,13 +13,24 @@ import yaml
 
 from vpae import __version__
 from vpae import recipe as recipes
+from vpae.engine import restarts
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.files import write_text
 from vpae.strict import read_yaml
 
 RECIPE = "recipe.yaml"
-PHASES = ("priming", "equilibrium")  # of a distillation, in order, and their folders' names
+PHASES = ("priming", "equilibrium")  # of V-PAE, in order, and their folders' names
+PEER_PHASES = ("consistency", "dmd2", "apt", "pcm", "ladd", "mse")
+
+
+def phases_of(recipe: recipes.Distillation) -> tuple[str, ...]:
+    """What a distillation consists of, in order; each has a folder of its name."""
+    if isinstance(recipe, recipes.Distill):
+        return tuple(phase for phase in PHASES if getattr(recipe, phase) is not None)
+    method = recipe.method
+    first = ("consistency",) if method.kind == "apt" and method.consistency is not None else ()
+    return (*first, method.kind)
 
 
 def open_folder(folder: Path, recipe: recipes.Recipe, resume: bool, processes: Processes) -> None:
@@ -29,6 +40,7 @@ def open_folder(folder: Path, recipe: recipes.Recipe, resume: bool, processes: P
         UserError: it holds a run of another recipe, or a run that ``resume`` was not asked for, or is not writable.
     """
     processes.together(lambda: _claim(folder, recipe, resume), main_only=True)
+    restarts.note_claim()
 
 
 def _claim(folder: Path, recipe: recipes.Recipe, resume: bool) -> None:
@@ -80,13 +92,19 @@ _FREE = ("name", "watch", "evaluate", "evaluate_clips")  # sections that change 
 def what_is_learnt(plain: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain recipe that changes the weights a run ends in; the rest may change when it is resumed.
 
-    Where the cache lies is free, what is in it is not: checkpoints hold its fingerprint.
+    Where the cache (or the teacher's clips) lie is free, what is in it is not: checkpoints hold its fingerprint.
     """
     kept = {key: value for key, value in plain.items() if key not in _FREE}
     if isinstance(plain.get("data"), dict):
         kept["data"] = {key: value for key, value in plain["data"].items() if key != "cache"}
+    method = plain.get("method")
+    if isinstance(method, dict) and isinstance(method.get("teacher_samples"), dict):
+        clips = {key: value for key, value in method["teacher_samples"].items() if key != "folder"}
+        kept["method"] = method | {"teacher_samples": clips}
     if isinstance(plain.get("engine"), dict):
         kept["engine"] = {key: plain["engine"].get(key) for key in _LEARNT}
+        if kept["engine"]["optimiser_state"] == "cpu":  # where fp32 lies changes no number
+            kept["engine"]["optimiser_state"] = "fp32"
     return kept
 
 

@@ -80,7 +80,7 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else _describe(a) for a in args)
+        return " or ".join(dict.fromkeys("null" if a is type(None) else _describe(a) for a in args))
     if origin is tuple:
         return f"a list of {_describe(args[0])}"
     if origin is dict or dataclasses.is_dataclass(hint):
@@ -88,12 +88,25 @@ def _describe(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
+def _chosen(classes: list[type], value: Any, where: str, key: str) -> type:
+    """Which of several dataclasses a section is meant to be: the one whose ``kind`` it names."""
+    known = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in classes}
+    named = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(named, str) or named not in known:
+        near = difflib.get_close_matches(str(named), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        what = f"not {named!r}{hint}" if isinstance(value, dict) else f"and section {key!r} is {kind_of(value)}"
+        raise UserError(f"{where}: key {_join(key, 'kind')!r} must be one of {', '.join(known)}, {what}")
+    return known[named]
+
+
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where, key)
+        kinds = [a for a in args if a is not type(None)]
+        return _convert(_chosen(kinds, value, where, key) if len(kinds) > 1 else kinds[0], value, where, key)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where, key)
     wrong = UserError(f"{where}: key {key!r} must be {_describe(hint)}, not {value!r} ({kind_of(value)})")
@@ -146,10 +159,17 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "spatial_sigma": (lambda v: v >= 0, "at least 0"),
     "temporal_sigma": (lambda v: v >= 0, "at least 0"),
     "first_frame_weight": (lambda v: v > 0, "above 0"),
+    "head_warmup_turns": (lambda v: v >= 0, "at least 0"),
+    "student_gan_weight": (lambda v: v >= 0, "at least 0"),
+    "critic_gan_weight": (lambda v: v >= 0, "at least 0"),
+    "r1_weight": (lambda v: v >= 0, "at least 0"),
+    "r1_sigma": (lambda v: v > 0, "above 0"),
+    "grid_shift": (lambda v: v > 0, "above 0"),
+    "huber_c": (lambda v: v > 0, "above 0"),
 } | dict.fromkeys(
-    "steps fake_per_student head_per_student frames batch clips teacher_steps width num_heads queries "
-    "global_batch micro_batch sequence_parallel log_every sample_every samples checkpoint_every keep_checkpoints "
-    "patience".split(),
+    "steps fake_per_student head_per_student critic_per_student grid_steps count frames batch clips teacher_steps "
+    "width num_heads queries global_batch micro_batch sequence_parallel log_every sample_every samples "
+    "checkpoint_every keep_checkpoints patience".split(),
     (lambda v: v >= 1, "at least 1"),
 )
 

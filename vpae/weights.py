@@ -51,13 +51,19 @@ def store_as(transformer: WanTransformer3DModel, dtype: Literal["fp32", "bf16"])
             parameter.data = parameter.data.bfloat16()
 
 
-def give_memory(backbone: Backbone, processes: Processes) -> None:
+def give_memory(backbone: Backbone, processes: Processes, *, on_host: bool = False) -> None:
     """Give a backbone (sharded or not) memory on this rank's device; its weights are still to be read.
 
     Buffers are computed and adapters drawn anew, since neither is in the teacher's files.
+
+    Args:
+        on_host: weights lie in host memory, as :func:`vpae.engine.parallel.shard_backbone` was told.
     """
     transformer = backbone.transformer
-    transformer.to_empty(device=processes.device)
+    transformer.to_empty(device="cpu" if on_host else processes.device)
+    for module in transformer.modules() if on_host else ():
+        for name, buffer in module.named_buffers(recurse=False):  # what is computed with is no shard
+            setattr(module, name, buffer.to(processes.device))
     rope = transformer.rope
     fresh = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
     computed = {f"rope.{name}": buffer for name, buffer in fresh.named_buffers()}

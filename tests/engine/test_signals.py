@@ -154,9 +154,12 @@ def _kill_while_training(recipe, folder, longest, generator):
     return False
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_at_random_moments_ends_in_the_same_weights(micro_recipe, tmp_path, kills):
+@pytest.mark.parametrize(
+    ("kills", "beside"), [(2, False), *(pytest.param(20, b, marks=pytest.mark.slow) for b in (False, True))]
+)
+def test_kill_at_random_moments_ends_in_the_same_weights(micro_recipe, tmp_path, kills, beside):
     """Each kill hits a process that trains; a run that ends before all have is compared, and another is begun."""
+    micro_recipe["engine"]["async_checkpoints"] = beside
     recipe = write_recipe(_long(micro_recipe), tmp_path / "r.yaml")
     assert _start(recipe, tmp_path / "whole").wait(timeout=240) == 0
     whole = {phase: read_tensors(tmp_path / "whole" / phase) for phase in ("priming", "equilibrium")}

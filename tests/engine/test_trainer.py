@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import shutil
 
 import pytest
 import torch
@@ -208,24 +207,3 @@ def test_an_impossible_split_of_the_batch_is_named(micro_recipe, tmp_path):
     trainer = make_trainer(micro_recipe, "priming", tmp_path)
     with pytest.raises(UserError, match="cannot be split over 3 ranks: make it a multiple of 3"):
         Trainer(trainer.method, trainer.run, Processes(0, 3, torch.device("cpu"), None))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_give_the_same_gradients(micro_recipe, tmp_path):
-    """Of every player, at the same weights: the learning rate moves nothing."""
-    for phase in ("priming", "equilibrium"):
-        for settings in micro_recipe[phase].values():
-            if isinstance(settings, dict) and "learning_rate" in settings:
-                settings |= {"learning_rate": 1e-12, "weight_decay": 0.0}
-        found = []
-        for compiled in (False, True):
-            micro_recipe["engine"]["compile"] = compiled
-            trainer = make_trainer(micro_recipe, phase, tmp_path / f"{phase}-{compiled}")
-            trainer.train(until=3)
-            found.append({k: v for k, v in snapshot(trainer).items() if k.endswith("exp_avg")})
-        assert set(trainer.steps.values()) <= {1, 2}
-        for player in trainer.method.players:
-            plain, fused = ({k: v for k, v in f.items() if k.startswith(f"optimiser.{player}.")} for f in found)
-            scale = max(float(v.abs().max()) for v in plain.values())
-            assert scale > 0 and differing(plain, fused, tolerance=1e-4 * scale) == [], (phase, player)

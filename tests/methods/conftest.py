@@ -15,6 +15,7 @@ from vpae.engine.parallel import Processes
 from vpae.flow import expand_time
 from vpae.methods.base import Batch
 from vpae.models import distillation_cast
+from vpae.peers import build_peer
 from vpae.recipe import from_plain
 
 ALONE = Processes(0, 1, torch.device("cpu"), None)
@@ -132,6 +133,34 @@ def build(micro_recipe):
             roles["head"] = method.head
             if recipe.equilibrium.judge == "trainable":
                 roles["judge"] = method.judge
+        stage = Stage(method, roles)
+        stage.listen()
+        if not asleep:
+            for name in roles:
+                if name != "teacher":
+                    stage.shake(name)
+        return stage
+
+    return make
+
+
+@pytest.fixture
+def build_peers(micro_peer):
+    """``build_peers("dmd2" | ..., student=..., asleep=..., phase=None, **changes)``: as ``build``.
+
+    ``changes`` are of the recipe's ``method``.
+    """
+
+    def make(kind, student="full", asleep=False, phase=None, **changes):
+        plain = micro_peer(kind)
+        plain["student"]["kind"] = student
+        plain["method"] |= changes
+        recipe = from_plain(plain, "test")
+        cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
+        method, _ = build_peer(recipe, phase or recipe.method.kind, cast, ALONE)
+        roles = {"teacher": cast.teacher, "student": cast.student, "ema": cast.ema}
+        owned = {name: getattr(method, name, None) for name in ("fake_score", "judge", "head")}
+        roles |= {name: network for name, network in owned.items() if network is not None}
         stage = Stage(method, roles)
         stage.listen()
         if not asleep:

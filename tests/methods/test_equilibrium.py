@@ -369,6 +369,13 @@ def test_order_of_turns(build, ratio):
     assert {name: player.steps for name, player in method.players.items()} == {"head": 2 * ratio, "student": 2}
 
 
+def test_the_head_may_learn_before_the_students_first_turn(build):
+    method = build("equilibrium", head_per_student=2, student_steps=2, head_warmup_turns=4).method
+    order = [method.player_of(turn) for turn in range(method.turns)]
+    assert order == ["head"] * 4 + (["head"] * 2 + ["student"]) * 2
+    assert {name: player.steps for name, player in method.players.items()} == {"head": 8, "student": 2}
+
+
 @JUDGES
 def test_players_and_their_followers(build, judge):
     stage = build("equilibrium", judge=judge)

@@ -1,6 +1,6 @@
 """Checkpoints: torch.distributed.checkpoint into safetensors, whole or not at all.
 
-A checkpoint is a folder ``step-00000120`` that holds one safetensors file a rank (each rank writes its own shards; any
+A checkpoint is a folder ``step-00000120`` that holds safetensors files of every rank (each writes its own shards; any
 number of ranks reads them back) and ``state.json``: turn, players' steps, recipe, fingerprints, files and sizes. It is
 written under another name and renamed when all of it is on disk, so a folder of that name is complete. No pickle is
 written or read.
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from vpae.engine import signals
-from vpae.engine.parallel import Processes
+from vpae.engine.parallel import Processes, local
 from vpae.errors import UserError
 
 _PREFIX, _PARTIAL, _STATE = "step-", ".partial", "state.json"
@@ -38,6 +38,11 @@ class Checkpoint:
         return int(self.state["turn"])
 
 
+def folder_of(root: Path, turn: int) -> Path:
+    """Where checkpoint ``turn`` lies once it is whole."""
+    return root / f"{_PREFIX}{turn:08d}"
+
+
 def save(
     root: Path, turn: int, tensors: dict[str, Tensor], state: dict[str, Any], processes: Processes, keep: int
 ) -> Path:
@@ -46,7 +51,7 @@ def save(
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final = root / f"{_PREFIX}{turn:08d}"
+    final = folder_of(root, turn)
     partial = final.with_name(final.name + _PARTIAL)
     failure = ""
     if processes.is_main:
@@ -57,8 +62,8 @@ def save(
             failure = _reason(error)
     _all_written(final, failure, processes)
     try:
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.size == 1)
+        writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=processes.group, no_dist=processes.size == 1)
         processes.barrier()
         if processes.is_main:
             files = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
@@ -76,6 +81,20 @@ def save(
     if processes.is_main:
         _prune(root, keep)
     return final
+
+
+_FILE = 1 << 31  # bytes that a rank puts into one file: torch holds a file's bytes up to three times while it writes it
+
+
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Number of the file that each tensor goes to, from 1, on every rank."""
+    number, filled, files = 1, 0, {}
+    for name, tensor in tensors.items():
+        size = local(tensor).numel() * tensor.element_size()
+        if filled and filled + size > _FILE:
+            number, filled = number + 1, 0
+        files[name], filled = number, filled + size
+    return files
 
 
 def _all_written(final: Path, failure: str, processes: Processes, partial: Path | None = None) -> None:

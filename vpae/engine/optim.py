@@ -8,14 +8,33 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from vpae.engine.adam import HalfAdamW, HostAdamW, byte_adamw
+from vpae.engine.host import buckets, pass_through
 from vpae.engine.parallel import local, whole
 from vpae.methods.base import Ema, Player
 from vpae.recipe import Optimiser
 
 
-def build_optimiser(player: Player) -> torch.optim.AdamW:
-    """AdamW over exactly the player's parameters, its state allocated (so that a checkpoint can be read into it)."""
+def build_optimiser(
+    player: Player, state: str = "fp32", device: torch.device | str = "cpu", seed: int = 0
+) -> torch.optim.Optimizer:
+    """AdamW over exactly the player's parameters, its state allocated (so that a checkpoint can be read into it).
+
+    Args:
+        state: the recipe's ``engine.optimiser_state``.
+        device: where the player computes.
+        seed: of the run, for what is rounded at random.
+
+    Raises:
+        UserError: ``int8`` without torchao.
+    """
     settings = player.optimiser
+    if state == "bf16":
+        return HalfAdamW(player.parameters, settings, seed, "optimiser", player.name)
+    if state == "cpu":
+        return HostAdamW(player.parameters, settings, torch.device(device))
+    if state == "int8":
+        return byte_adamw(player.parameters, settings)
     parameters = list(player.parameters.values())
     optimiser = torch.optim.AdamW(
         parameters,
@@ -32,6 +51,15 @@ def build_optimiser(player: Player) -> torch.optim.AdamW:
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
     return optimiser
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's way
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(settings: Optimiser, step: int, total: int) -> float:
@@ -64,8 +92,16 @@ def clip_(parameters: Iterable[torch.nn.Parameter], norm: Tensor, limit: float |
 def follow(ema: Ema, player: Player) -> None:
     """``ema <- decay ema + (1 - decay) weights`` on this rank's shards, in the EMA's own (fp32) precision.
 
-    In bf16 at decay 0.995 nearly all elements would never move.
+    In bf16 at decay 0.995 nearly all elements would never move. Shards in host memory pass through the weights' device.
     """
     targets = [local(ema.parameters[name]) for name in player.parameters]
     sources = [local(p) for p in player.parameters.values()]
-    torch._foreach_lerp_(targets, sources, 1 - ema.decay)
+    if not targets or targets[0].device == sources[0].device:
+        torch._foreach_lerp_(targets, sources, 1 - ema.decay)
+        return
+    parts = list(buckets([t.numel() for t in targets]))
+
+    def lerp(i: int, copies: list[Tensor]) -> None:
+        torch._foreach_lerp_(copies, sources[parts[i]], 1 - ema.decay)
+
+    pass_through([targets[part] for part in parts], sources[0].device, lerp)

@@ -12,17 +12,18 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vpae.backbone import Backbone
 from vpae.errors import UserError
+from vpae.sequence import SequenceGroup
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Echo(UserError):
 
 
 # ranks wait for each other while clips are encoded, a cache is hashed or rank 0 exports: longer than torch expects
-_PATIENCE = timedelta(hours=2)
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,35 @@ class Processes:
         size: number of processes.
         device: where this rank computes.
         mesh: the mesh that weights are sharded over; None for a single process, and where every rank holds them whole.
+            With two dimensions the first is the machines, which hold the same shards.
+        sequence: the ranks that share each clip with this one; None where every rank has its own.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    sequence: SequenceGroup | None = None
+    group: dist.ProcessGroup | None = None  # in which plain objects travel; None: the one of all
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def degree(self) -> int:
+        """Ranks that share a clip."""
+        return 1 if self.sequence is None else self.sequence.degree
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts a batch is split; ranks that share clips have the same part."""
+        return self.size // self.degree
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these parts is this rank's."""
+        return self.rank // self.degree
 
     def share(self, batch: int) -> int:
         """Samples of a global ``batch`` that each rank sees.
@@ -61,17 +81,20 @@ class Processes:
         Raises:
             UserError: it cannot be split evenly.
         """
-        if batch % self.size:
+        if batch % self.data_size:
+            groups = "" if self.degree == 1 else f" of which {self.degree} share each clip (engine.sequence_parallel)"
             raise UserError(
-                f"engine.global_batch {batch} cannot be split over {self.size} ranks: make it a multiple of {self.size}"
+                f"engine.global_batch {batch} cannot be split over {self.size} ranks{groups}: make it a multiple of "
+                f"{self.data_size}"
             )
-        return batch // self.size
+        return batch // self.data_size
 
     def agree(self, flags: Iterable[bool]) -> list[bool]:
         """Logical OR of each flag over all ranks."""
+        if self.size == 1:  # a way through the device would make the host wait for all it was given
+            return [bool(f) for f in flags]
         mine = torch.tensor([float(f) for f in flags], device=self.device)
-        if self.size > 1:
-            dist.all_reduce(mine, dist.ReduceOp.MAX)
+        dist.all_reduce(mine, dist.ReduceOp.MAX)
         return [bool(f) for f in mine.tolist()]
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
@@ -87,12 +110,12 @@ class Processes:
         """The value of every rank, in order, on every rank; for plain objects and arrays."""
         values: list[T] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def together(self, action: Callable[[], T], *, main_only: bool = False) -> T | None:
         """Run ``action`` on every rank (or on rank 0) and come back on all of them, or raise on all of them.
@@ -152,9 +175,34 @@ def start() -> Processes:
     if size == 1:
         return Processes(0, 1, device, None)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **_store_of_this_attempt(rank, size))
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     return Processes(rank, size, device, mesh)
+
+
+def _store_of_this_attempt(rank: int, size: int) -> dict[str, Any]:
+    """Where torchrun starts its ranks again: keys of their own.
+
+    Its agents share one store with the ranks of all attempts (pytorch issue 135712), so that those of the second would
+    find the addresses of the first. Agents of several machines count attempts each for itself; there torchrun itself
+    has to make a store for each.
+
+    Raises:
+        UserError: it does not.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "torchrun --max-restarts on several machines lets new ranks find the addresses of lost ones; give it "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, as launch/train_multinode.sh does"
+        )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, size, is_master=False, timeout=PATIENCE)
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": size}
 
 
 def leave(status: int, together: bool = True) -> None:
@@ -191,9 +239,11 @@ def speaks(error: Exception) -> bool:
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def placed(processes: Processes, parallel: str) -> Processes:
-    """The processes as a recipe's ``engine.parallel`` wants them: without a mesh nothing is sharded."""
-    return replace(processes, mesh=None) if parallel == "replicate" else processes
+def aside(processes: Processes) -> Processes:
+    """The same processes for a thread of their own, whose messages must not meet those of training; all call this."""
+    if processes.size == 1:
+        return processes
+    return replace(processes, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 _BUCKET = 1 << 24  # elements that travel at once: 64 MB in fp32
@@ -217,17 +267,25 @@ def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) 
             gradient.copy_(part.view_as(gradient))
 
 
-def shard_backbone(backbone: Backbone, processes: Processes) -> None:
-    """Shard a backbone in place, one unit a block; does nothing for a single process or when it is sharded already.
+def shard_backbone(backbone: Backbone, processes: Processes, *, on_host: bool = False) -> None:
+    """Shard a backbone in place, one unit a block, and its clips' tokens where ranks share them.
+
+    Does nothing for a single process or when it is sharded already.
 
     Weights are gathered in fp32 whatever the compute precision, so that one process and many compute the same.
+
+    Args:
+        on_host: keep its shards in host memory; each block's comes to the device when the block is gathered.
     """
+    if processes.sequence is not None:
+        backbone.share_tokens(processes.sequence)
     if processes.mesh is None or isinstance(backbone.transformer, FSDPModule):
         return
+    policy = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda") if on_host else OffloadPolicy()
     for block in backbone.transformer.blocks:
-        fully_shard(block, mesh=processes.mesh)
+        fully_shard(block, mesh=processes.mesh, offload_policy=policy)
     # the root keeps its default (no reshard after forward): a backward that starts at a tapped feature needs it
-    fully_shard(backbone.transformer, mesh=processes.mesh)
+    fully_shard(backbone.transformer, mesh=processes.mesh, offload_policy=policy)
 
 
 def shard_module(module: nn.Module, processes: Processes) -> None:

@@ -15,10 +15,13 @@ from vpae import recipe as recipes
 from vpae.draws import Draws
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine import optim, signals
-from vpae.engine.parallel import Processes, autocast, average_gradients, reshard
+from vpae.engine.adam import stored
+from vpae.engine.host import local_bytes, require_memory
+from vpae.engine.parallel import Processes, autocast, average_gradients, local, reshard
 from vpae.engine.stream import Stream
 from vpae.engine.tracking import Tracker
 from vpae.engine.watch import Collapse, Watch, vital_signs
+from vpae.engine.writer import Writer
 from vpae.errors import UserError
 from vpae.methods.base import Batch, Method, Player
 from vpae.recipe import Engine
@@ -91,13 +94,36 @@ class Trainer:
     def __init__(self, method: Method, run: Run, processes: Processes) -> None:
         self.method, self.run, self.processes = method, run, processes
         processes.share(run.settings.global_batch)
-        self.optimisers = {name: optim.build_optimiser(player) for name, player in method.players.items()}
+        processes.together(lambda: require_memory(self._on_host()))  # machines differ
+        self.optimisers = {
+            name: optim.build_optimiser(player, run.settings.optimiser_state, processes.device, run.seed)
+            for name, player in method.players.items()
+        }
         self.steps = dict.fromkeys(method.players, 0)
         self.turn = 0
         self.seconds = 0.0  # spent in turns, over all calls of this run
         self.stream = Stream(run.samples, run.seed)
         self.stopped = False  # by a signal, on whichever rank
         self.gathered: dict[str, _Gathered] = {}
+        self.writer = Writer(
+            self.checkpoint_root, run.settings.keep_checkpoints, processes, run.settings.async_checkpoints
+        )
+
+    def _on_host(self) -> dict[str, int]:
+        """Bytes that this rank will keep in host memory besides the EMA, by the keys that ask for it."""
+        settings, moments = self.run.settings, {"fp32": 8, "cpu": 8, "bf16": 4, "int8": 2}
+        players = self.method.players.values()
+        state = moments[settings.optimiser_state] * sum(
+            local(p).numel() for player in players for p in player.parameters.values()
+        )
+        wanted = {}
+        if settings.optimiser_state == "cpu":
+            wanted["engine.optimiser_state: cpu"] = state
+        if settings.async_checkpoints:
+            emas = [list(player.ema.parameters.values()) for player in players if player.ema is not None]
+            weights = [*emas, *(list(player.parameters.values()) for player in players)]
+            wanted["engine.async_checkpoints: true"] = state + sum(map(local_bytes, weights))
+        return wanted
 
     @property
     def checkpoint_root(self) -> Path:
@@ -107,11 +133,10 @@ class Trainer:
         """Every tensor a checkpoint holds, by name (parameters themselves, not copies)."""
         found: dict[str, Tensor] = {}
         for name, player in self.method.players.items():
-            state = self.optimisers[name].state
             for key, parameter in player.parameters.items():
                 found[f"{name}.{key}"] = parameter.detach()
-                found[f"optimiser.{name}.{key}.exp_avg"] = state[parameter]["exp_avg"]
-                found[f"optimiser.{name}.{key}.exp_avg_sq"] = state[parameter]["exp_avg_sq"]
+                for moment, tensor in stored(self.optimisers[name], parameter).items():
+                    found[f"optimiser.{name}.{key}.{moment}"] = tensor
             if player.ema is not None:
                 for key, parameter in player.ema.parameters.items():
                     found[f"{player.ema.name}.{key}"] = parameter.detach()
@@ -144,10 +169,12 @@ class Trainer:
         self.gathered = {name: _Gathered.of(state, device) for name, state in found.state["gathered"].items()}
         if self.run.watch is not None:
             self.run.watch.broken = dict(found.state["watch"])
+        if self.processes.is_main:
+            print(f"{self.method.name}: goes on from turn {self.turn} of {self.method.turns}", flush=True)
         return True
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, or begin to, where the recipe has it written beside training."""
         reshard(self.run.modules)
         state = {
             "steps": self.steps,
@@ -162,8 +189,7 @@ class Trainer:
             "watch": {} if self.run.watch is None else self.run.watch.state(),
             "recipe": self.run.recipe_text,
         }
-        keep = self.run.settings.keep_checkpoints
-        return checkpoints.save(self.checkpoint_root, self.turn, self.tensors(), state, self.processes, keep)
+        return self.writer.save(self.turn, self.tensors(), state)
 
     def _late_parameters(self, name: str) -> dict[str, int]:
         """Adam's own step count of the parameters that some turns gave no gradient and that it left alone."""
@@ -193,18 +219,23 @@ class Trainer:
                     self.run.gallery(0, tracker)
                 while self.turn < end and not self.stopped:
                     self._take_turn(tracker)
-                    self.stopped = self.processes.agree([bool(noted)])[0]
+                    self.stopped, unwritten = self.processes.agree([bool(noted), self.writer.failed])
+                    if unwritten:
+                        self.writer.wait()
                     due = self.turn % self.run.settings.checkpoint_every == 0
                     if due and self.turn < end and not self.stopped:
                         self.save()
                         saved = self.turn
                 if saved != self.turn:
                     self.save()
+                self.writer.wait()
             except Collapse:
                 self.save()
+                self.writer.wait()
                 raise
             finally:
                 tracker.close()
+                self.writer.close()
             self.stopped = self.processes.agree([bool(noted)])[0]
         return self.turn >= self.method.turns
 
@@ -218,8 +249,8 @@ class Trainer:
     def _micro_batches(self) -> list[list[int]]:
         """Stream positions of this rank's micro-batches in this turn."""
         (first, batch), micro = self._portion(self.turn), self.run.settings.micro_batch
-        mine = batch // self.processes.size
-        start = first + self.processes.rank * mine
+        mine = batch // self.processes.data_size
+        start = first + self.processes.data_rank * mine
         return [list(range(p, min(p + micro, start + mine))) for p in range(start, start + mine, micro)]
 
     def _take_turn(self, tracker: Tracker) -> None:
@@ -267,8 +298,7 @@ class Trainer:
         optim.clip_(parameters, norm, player.optimiser.clip_norm)
         optimiser = self.optimisers[player.name]
         rate = optim.learning_rate(player.optimiser, self.steps[player.name], player.steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+        optim.set_rate(optimiser, rate)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         reshard(self.run.modules)
@@ -281,7 +311,8 @@ class Trainer:
         if step % settings.log_every == 0 or self.turn == self.method.turns:
             means = self.processes.mean(self.gathered[name].means())
             self.gathered[name] = _Gathered()
-            rate = self.optimisers[name].param_groups[0]["lr"]
+            player = self.method.players[name]
+            rate = optim.learning_rate(player.optimiser, step - 1, player.steps)
             values = {key if "/" in key else f"{name}/{key}": value for key, value in means.items()}
             values |= {f"{name}/learning_rate": rate, f"{name}/step": step}
             self.processes.together(lambda: tracker.scalars(self.turn - 1, values), main_only=True)

@@ -8,7 +8,7 @@ from vpae import __version__
 from vpae import recipe as recipes
 from vpae.loading import Model
 from vpae.models import weights_fingerprint
-from vpae.recipe import Distill
+from vpae.recipe import Distillation
 
 
 def header(model: Model, *, layout: str, dtype: str, shift: float, rank: int | None = None) -> dict[str, str]:
@@ -22,7 +22,7 @@ def header(model: Model, *, layout: str, dtype: str, shift: float, rank: int | N
     """
     num_frames, height, width = model.shape
     recipe = model.recipe
-    base = recipe.teacher.path if isinstance(recipe, Distill) else model.pipeline
+    base = recipe.teacher.path if isinstance(recipe, Distillation) else model.pipeline
     fields = {
         "format": "pt",  # transformers and diffusers ask for it
         "layout": layout,

@@ -19,7 +19,7 @@ from vpae.export.precision import PRECISIONS, stored
 from vpae.export.proof import Examination, Proof, check_student, proof_record
 from vpae.files import share, write_json, writing
 from vpae.loading import Model
-from vpae.recipe import Distill
+from vpae.recipe import Distillation
 from vpae.sampling import euler_scheduler
 
 DEFAULT_RANK = 64
@@ -76,7 +76,7 @@ def export_lora(
     """
     _check(model, target)
     precision, full = PRECISIONS[dtype], model.role.adapter is None
-    if not isinstance(model.recipe, Distill):
+    if not isinstance(model.recipe, Distillation):
         raise UserError(f"a LoRA is the difference to a teacher; {model.source} is no run of vpae distill")
     if dtype == "fp8":
         raise UserError("--dtype fp8 is for whole weights (--format wan, diffusers); a LoRA is small: choose bf16")

@@ -21,12 +21,14 @@ class Batch:
         condition: their condition.
         null: the same condition with the recipe's ``negative_prompt``, for guidance and dropout.
         draws: the random numbers of these samples.
+        noise: where ``x0`` are the teacher's own samples, the noise that it made them from.
     """
 
     x0: Tensor
     condition: Condition
     null: Condition
     draws: Draws
+    noise: Tensor | None = None
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vpae import losses
 from vpae.conditioning import Condition
 from vpae.flow import interpolate
+from vpae.methods import judging
 from vpae.methods.base import Batch, Ema, Outcome, Player
 from vpae.recipe import Equilibrium as Settings
 from vpae.roles import Role
@@ -50,7 +51,7 @@ class Equilibrium:
         self.settings, self.taps, self.head = settings, taps, head
         self.teacher, self.student, self.judge, self.ema = teacher, student, judge, ema
         self.adversary = losses.ADVERSARIAL[settings.adversarial]
-        head_steps = settings.student_steps * settings.head_per_student
+        head_steps = settings.head_warmup_turns + settings.student_steps * settings.head_per_student
         self.turns = settings.student_steps + head_steps
         mine = {f"head.{name}": p for name, p in head.named_parameters()}
         if settings.judge == "trainable":
@@ -64,8 +65,9 @@ class Equilibrium:
         }
 
     def player_of(self, turn: int) -> str:
-        last_of_cycle = turn % (self.settings.head_per_student + 1) == self.settings.head_per_student
-        return "student" if last_of_cycle else "head"
+        place = (turn - self.settings.head_warmup_turns) % (self.settings.head_per_student + 1)
+        warm = turn >= self.settings.head_warmup_turns
+        return "student" if warm and place == self.settings.head_per_student else "head"
 
     def generate(self, batch: Batch) -> Tensor:
         """The 1-NFE sample from pure noise."""
@@ -74,10 +76,7 @@ class Equilibrium:
 
     def logits(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """``D(x_t) [B]``: the judge's tapped blocks, read by the head."""
-        prediction = self.judge(x_t, t, condition, self.taps, stop_at_last_tap=True)
-        # the hinge's margin and ST-R1's small differences drown in bf16's 8 bits, so the head computes in fp32
-        with torch.autocast(x_t.device.type, enabled=False):
-            return self.head(prediction.features, prediction.grid, condition.image, condition.text, condition.text_mask)
+        return judging.read_logits(self.judge, self.head, self.taps, x_t, t, condition)
 
     def loss(self, player: str, batch: Batch) -> Outcome:
         return self._head_loss(batch) if player == "head" else self._student_loss(batch)
@@ -99,12 +98,7 @@ class Equilibrium:
         real_t, fake_t = self._shown(batch.x0, t, batch, "real"), self._shown(x0_hat, t, batch, "fake")
         real, fake = self.logits(real_t, t, batch.condition), self.logits(fake_t, t, batch.condition)
         adversarial = self.adversary[0](real, fake)
-        scalars = {
-            "adversarial": adversarial.detach(),
-            "logit_real": real.detach().mean(),
-            "logit_fake": fake.detach().mean(),
-            "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()),
-        }
+        scalars = {"adversarial": adversarial.detach(), **judging.scalars(real, fake)}
         loss = adversarial
         if self.settings.r1.weight > 0:
             r1 = self._st_r1(real, real_t, t, batch, "real")

@@ -26,12 +26,29 @@ class Panel:
 
 PANELS = (
     Panel("Score distillation (VSD) loss", (("student/vsd", "student"),)),
-    Panel("Flow matching of the fake score", (("fake_score/flow_matching", "fake score"),)),
-    Panel("Adversarial loss", (("head/adversarial", "head"), ("student/adversarial", "student"))),
-    Panel("Logits of the head", (("head/logit_real", "real"), ("head/logit_fake", "generated")), (0.0,)),
+    Panel(
+        "Flow matching of the fake score",
+        (("fake_score/flow_matching", "fake score"), ("critic/flow_matching", "fake score")),
+    ),
+    Panel(
+        "Adversarial loss",
+        (("head/adversarial", "head"), ("critic/adversarial", "head"), ("student/adversarial", "student")),
+    ),
+    Panel(
+        "Logits of the head",
+        (
+            ("head/logit_real", "real"),
+            ("critic/logit_real", "real"),
+            ("head/logit_fake", "generated"),
+            ("critic/logit_fake", "generated"),
+        ),
+        (0.0,),
+    ),
     Panel("Conditional SDS loss", (("student/c_sds", "student"),)),
-    Panel("Finite-difference R1 (ST-R1)", (("head/st_r1", "head"),)),
+    Panel("Finite-difference R1", (("head/st_r1", "head"), ("head/r1", "head"))),
     Panel("Motion, generated over real", (("watch/motion_ratio", "student"),), (1.0,)),
+    Panel("Distance of consistency", (("student/consistency", "student"),)),
+    Panel("Regression of the teacher", (("student/regression", "student"),)),
 )
 
 

@@ -29,7 +29,16 @@ from vpae.report.scores import (
     table_rows,
 )
 
-_PHASES = {"priming": "Phase I: stability priming", "equilibrium": "Phase II: adversarial equilibrium"}
+_PHASES = {
+    "priming": "Phase I: stability priming",
+    "equilibrium": "Phase II: adversarial equilibrium",
+    "consistency": "Consistency distillation",
+    "dmd2": "DMD2",
+    "apt": "APT: adversarial post-training",
+    "pcm": "Consistency distillation",
+    "ladd": "LADD",
+    "mse": "Regression",
+}
 _SMALL = 160  # px; below it a frame is doubled, since yuv420p halves the resolution of its colour
 _CRF = 16
 

@@ -1,0 +1,68 @@
+"""The benchmarks of speed at their smallest: what their documents hold, and that a turn does no more than it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(script: str, *arguments: object) -> tuple[dict, str]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_latency_tells_stages_ceilings_ratios_and_rows(micro_pipeline, tmp_path):
+    document, table = _run(
+        "latency.py", "--model", micro_pipeline, "--size", 32, 32, "--frames", 5, "--repeats", 2, "--pairs", 2,
+        "--teacher-steps", 6, "--teacher-timed", 3, "--output", tmp_path,
+    )  # fmt: skip
+    assert document == json.loads((tmp_path / "latency_tiny_cpu.json").read_text())
+    teacher, one, four = document["models"].values()
+    assert [m["nfe"] for m in (teacher, one, four)] == [12, 1, 4] and teacher["steps_timed"] == 3
+    for model in (teacher, one, four):
+        assert set(model["stages"]) == {"text", "image", "condition", "denoise", "decode"}
+        whole = model["request_to_frames"]["median"]
+        assert whole > model["dit_only"]["median"] > 0
+        assert all(0 < share["median"] < 1.5 for share in model["share_of_matmul_ceiling"].values())
+        assert model["flops"]["denoise"] == model["nfe"] * one["flops"]["denoise"]
+    # three of six steps were taken: what is told is twice their time, four times that of the student's four forwards
+    assert 1.5 < teacher["dit_only"]["median"] / four["dit_only"]["median"] < 6
+    ratios = document["teacher_over_student"]
+    assert ratios["student, 1 step"]["dit_only"]["median"] > ratios["student, 1 step"]["request_to_frames"]["median"]
+    assert document["ceilings"]["matmul_flops_per_s"]["repeats"] == 2
+    assert {"native, folded text", "native", "native_math"} <= set(document["rows"]["forward"])
+    decode = document["rows"]["decode"]
+    assert decode["fp32"]["error"]["max"] == 0 and 0 < decode["bf16"]["error"]["rms"] < 0.1
+    assert any("flash" in name for name in document["left_out"])  # and why
+    assert "request_to_frames" in table and "VAE decode" in table
+
+
+def test_a_turn_computes_no_more_than_a_bare_loop_over_diffusers(micro_recipe, tmp_path):
+    """Counted, not timed: a forward too many, or a block past the last tap, would be seen in the FLOPs."""
+    recipe = tmp_path / "micro.yaml"
+    micro_recipe["equilibrium"]["r1"]["form"] = "separate"
+    recipe.write_text(yaml.safe_dump(micro_recipe))
+    options = ["--size", 32, 32, "--frames", 5, "--repeats", 1, "--pairs", 1, "--output", tmp_path]
+    document, _ = _run("train_step.py", recipe, *options)
+    assert document["failed"] == {} and len(document["rows"]) == 4
+    assert all(row["peak_bytes"] > 0 and row["flops"] > 0 for row in document["rows"])
+    compared = {(row["phase"], row["player"]): row["flops"] for row in document["against_bare_loop"]}
+    assert len(compared) == 4
+    for flops in compared.values():
+        assert flops["vpae"] == pytest.approx(flops["bare"], rel=1e-3)

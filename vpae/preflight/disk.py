@@ -1,0 +1,141 @@
+"""Whether all ranks see one file system, and whether what a run writes has room there."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from vpae import recipe as recipes
+from vpae.data.encoders import transformer_config
+from vpae.data.shards import MANIFEST
+from vpae.data.sources import open_source
+from vpae.engine.checkpoint import stored_shapes
+from vpae.engine.parallel import Processes
+from vpae.errors import UserError
+from vpae.models import find_model
+from vpae.preflight.machine import GIB, Line
+from vpae.recipe import Distill, Lora
+
+_LAG = 10.0  # seconds that a file of rank 0 may take to be seen elsewhere
+_STATE_BYTES = {"fp32": 4, "cpu": 4, "bf16": 2, "int8": 1}  # of each of Adam's two moments
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def shared(what: str, folder: Path, need: int, processes: Processes) -> Line:
+    """A file that rank 0 writes is seen by all, and ``need`` bytes are free."""
+    place = existing(folder)
+    token = processes.gather(uuid.uuid4().hex)[0]
+    probe, failure = place / f".vpae-preflight-{token[:12]}", ""
+    if processes.is_main:
+        try:
+            probe.write_text(token)
+        except OSError as error:
+            failure = error.strerror or str(error)
+    failure = processes.gather(failure)[0]
+    seconds = -1.0 if failure else _seen(probe, token)
+    waits = processes.gather(seconds)
+    if processes.is_main:
+        probe.unlink(missing_ok=True)
+    if failure:
+        return Line("fails", what, f"{place} cannot be written ({failure})", "allow it, or choose another place")
+    blind = [rank for rank, wait in enumerate(waits) if wait < 0]
+    if blind:
+        text = f"rank {blind[0]} does not see in {place} what rank 0 writes there"
+        return Line("fails", what, text, "a file system that all machines share (NFS, Lustre, ...)")
+    free = shutil.disk_usage(place).free
+    text = (
+        f"{place}: {free / GIB:.1f} GiB free, about {need / GIB:.1f} needed"
+        if need
+        else f"{place}: {free / GIB:.1f} GiB free"
+    )
+    if free < need:
+        mend = "free some, choose another place, or keep fewer with engine.keep_checkpoints=1"
+        return Line("fails", what, text, mend if what == "output" else "free some, or choose another data.cache")
+    if max(waits) > 1:
+        return Line("warning", what, f"{text}; a new file is seen after {max(waits):.1f} s", "none needed, but slow")
+    return Line("ok", what, text)
+
+
+def _seen(file: Path, token: str) -> float:
+    started = time.monotonic()
+    while time.monotonic() - started < _LAG:
+        try:
+            if file.read_text() == token:
+                return time.monotonic() - started
+        except OSError:
+            pass
+        time.sleep(0.05)
+    return -1.0
+
+
+def checkpoint_bytes(recipe: Distill) -> int:
+    """About what one checkpoint of the larger phase takes: student with Adam's moments, its EMA, the fake score.
+
+    Raises:
+        UserError: the teacher is not there.
+    """
+    shapes = stored_shapes(find_model(recipe.teacher.path) / "transformer")
+    moments = 2 * _STATE_BYTES[recipe.engine.optimiser_state]
+    student = sum(_elements(shape) for shape in shapes.values())
+    if recipe.student.kind == "lora":
+        student = _adapter(shapes, recipe.student.lora)
+    total = student * (4 + moments + 4)
+    if recipe.priming is not None:
+        total += _adapter(shapes, recipe.priming.fake_lora) * (4 + moments)
+    return total
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _adapter(shapes: dict[str, tuple[int, ...]], lora: Lora) -> int:
+    matrices = [s for n, s in shapes.items() if len(s) == 2 and n.removesuffix(".weight").endswith(lora.targets)]
+    return sum(lora.rank * (rows + columns) for rows, columns in matrices)
+
+
+def output_bytes(recipe: recipes.Recipe) -> int:
+    """Of all checkpoints that a distillation keeps, and the one it is writing; 0 where that is not known."""
+    if not isinstance(recipe, Distill):
+        return 0
+    phases = sum(phase is not None for phase in (recipe.priming, recipe.equilibrium))
+    try:
+        return checkpoint_bytes(recipe) * (phases * recipe.engine.keep_checkpoints + 1)
+    except (UserError, OSError, ValueError):  # told of under "teacher"
+        return 0
+
+
+def cache_bytes(recipe: recipes.Recipe) -> int:
+    """Of the latents and conditions that are still to be encoded, at most; 0 where the cache is there.
+
+    Raises:
+        UserError: the source is not there.
+    """
+    if (
+        not isinstance(recipe, (recipes.Distill, recipes.FinetuneFlow))
+        or (Path(recipe.data.cache) / MANIFEST).is_file()
+    ):
+        return 0
+    source = open_source(recipe.data.source)
+    frames, height, width = source.shape or (1, 1, 1)
+    latent = 16 * (1 + (frames - 1) // 4) * (height // 8) * (width // 8)
+    config: dict[str, Any] = {}
+    if isinstance(recipe, Distill):
+        with contextlib.suppress(UserError):  # told of under "teacher"
+            config = transformer_config(find_model(recipe.teacher.path))
+    condition = 512 * config.get("text_dim", 0) + 257 * (config.get("image_dim") or 0)
+    return len(source) * 4 * (2 * latent + condition)
