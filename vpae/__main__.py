@@ -105,13 +105,15 @@ def build_parser() -> argparse.ArgumentParser:
     distill = commands.add_parser("distill", help="teacher to one-step student: V-PAE's phases, or a peer")
     _run_options(distill)
 
-    sample = commands.add_parser("sample", help="images + prompts to mp4 and a contact sheet")
+    sample = commands.add_parser("sample", help="images + prompts, or prompts alone, to mp4 and a contact sheet")
     sample.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
     sample.add_argument(
         "--role", help="of a run folder: student, ema, teacher, fake_score, judge (default: ema, which ships)"
     )
     sample.add_argument("--image", type=Path, action="append", default=[], help="first frame (repeatable)")
-    sample.add_argument("--prompt", action="append", default=[], help="caption of the image at the same place")
+    sample.add_argument(
+        "--prompt", action="append", default=[], help="caption of the image, in the same order; or alone"
+    )
     sample.add_argument("--bounce", type=_count, metavar="N", help="first frames and captions of N Bounce test clips")
     sample.add_argument("--steps", type=_count, default=1, help="denoising steps (1 and 4: the student's own rule)")
     sample.add_argument(

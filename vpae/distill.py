@@ -27,6 +27,7 @@ from vpae.methods.equilibrium import Equilibrium
 from vpae.methods.priming import Priming
 from vpae.models import (
     Cast,
+    check_conditioning,
     check_fit,
     check_tokens,
     choose_taps,
@@ -100,6 +101,7 @@ def preflight_distill(recipe: Distillation, processes: Processes) -> None:
     """
     source = open_source(recipe.data.source)
     pipeline = find_model(recipe.teacher.path)
+    check_conditioning(pipeline)
     config = transformer_config(pipeline)
     check_tokens(config, pipeline, source.shape, processes)
     fp32, named = "", None

@@ -26,7 +26,7 @@ from vpae.strict import build, check_ranges, kind_of, read_yaml, shown
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model. ``path`` is a diffusers folder of a WanImageToVideoPipeline.
+    """The frozen model. ``path`` is a diffusers folder of a WanImageToVideoPipeline or a WanPipeline.
 
     ``dtype`` is how its weights (the base of every LoRA) are kept in memory; a full student's are always fp32.
     """
@@ -91,7 +91,10 @@ class R1:
 
 @dataclass(frozen=True)
 class Sds:
-    """Conditional SDS against the frozen teacher; ``weight`` is the paper's lambda."""
+    """Conditional SDS against the frozen teacher; ``weight`` is the paper's lambda.
+
+    ``first_frame_weight`` is of no effect where the model is given its first latent frame (Wan2.2-TI2V).
+    """
 
     weight: float
     time: TimeLaw

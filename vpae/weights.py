@@ -15,13 +15,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from vpae.backbone import Backbone
 from vpae.engine.checkpoint import read_tensors, stored_shapes
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
-from vpae.roles import Role, start_lora
+from vpae.roles import Role, set_whole, start_lora
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -116,6 +117,12 @@ def _check_files(folder: Path) -> None:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def set_weights(backbone: Backbone, whole: Mapping[str, Tensor]) -> None:
+    """Give a backbone (sharded or not) weights that every rank holds whole, as one drawn from a seed is."""
+    for name, parameter in Role("base", backbone).named_parameters():
+        set_whole(parameter, whole[name])
 
 
 @torch.no_grad()

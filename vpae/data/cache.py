@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpae.conditioning import Condition, first_frame_mask
+from vpae.conditioning import Kind, condition_of
 from vpae.data.encoders import Encoders
 from vpae.data.generate import teacher_fingerprint
 from vpae.data.manifest import fault, holds
-from vpae.data.pictures import PictureSource
+from vpae.data.pictures import TeacherSource
 from vpae.data.shards import (
     FIELDS,
     MANIFEST,
@@ -43,8 +43,10 @@ from vpae.data.shards import (
     REPORT,
     Build,
     build,
+    check_pictures,
     check_shape,
     clips_per_shard,
+    kind_of,
     sign,
 )
 from vpae.data.sources import Source, open_source
@@ -100,8 +102,13 @@ class Cache:
     def caption(self, index: int) -> str:
         return self.manifest["captions"][index]
 
+    @property
+    def kind(self) -> Kind:
+        """Of the models that it serves."""
+        return kind_of(self.manifest)
+
     def read(self, index: int, name: str) -> Tensor:
-        """One field (x0, latent, text, image) of a sample."""
+        """One field (x0, text, and by kind latent and image) of a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = bisect_right(self._starts, index) - 1
@@ -115,14 +122,12 @@ class Cache:
 
     def fetch(self, indices: list[int], draws: Draws) -> Batch:
         """The samples ``indices`` as a batch on the device of ``draws``."""
-        parts = {name: [self.read(i, name) for i in indices] for name in FIELDS}
+        read = {name: [self.read(i, name) for i in indices] for name in FIELDS[self.kind]}
         rows = int(self.manifest["text_rows"])
-        text = torch.stack([F.pad(x, (0, 0, 0, rows - len(x))) for x in parts["text"]])
-        latent = torch.stack(parts["latent"])
-        mask = first_frame_mask(*latent.shape[2:], stride=self.manifest["temporal_stride"])
-        condition = Condition(text, torch.stack(parts["image"]), latent, mask.expand(len(indices), -1, -1, -1, -1))
-        condition = condition.to(draws.device)
-        return Batch(torch.stack(parts["x0"]).to(draws.device), condition, condition.null(self.null_text), draws)
+        read["text"] = [F.pad(x, (0, 0, 0, rows - len(x))) for x in read["text"]]
+        parts = {name: torch.stack(rows) for name, rows in read.items()}
+        condition = condition_of(self.kind, parts, self.manifest["temporal_stride"]).to(draws.device)
+        return Batch(parts["x0"].to(draws.device), condition, condition.null(self.null_text), draws)
 
 
 def expected(data: Data, source: Source, encoders: Encoders) -> dict[str, Any]:
@@ -134,7 +139,9 @@ def expected(data: Data, source: Source, encoders: Encoders) -> dict[str, Any]:
         "negative_prompt": data.negative_prompt,
         "dtype": "float32",
     }
-    return wanted | {"teacher": teacher_fingerprint(encoders)} if isinstance(source, PictureSource) else wanted
+    if encoders.kind != "i2v":  # the only one that caches of before know
+        wanted["conditioning"] = encoders.kind
+    return wanted | {"teacher": teacher_fingerprint(encoders)} if isinstance(source, TeacherSource) else wanted
 
 
 def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
@@ -145,6 +152,7 @@ def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
     """
     folder, source = Path(data.cache), open_source(data.source)
     check_shape(source.shape, encoders)
+    check_pictures(source, encoders)
     wanted = processes.from_main(lambda: expected(data, source, encoders))
     with _alone(folder, processes):
         missing = processes.agree([not (folder / MANIFEST).is_file()])[0]

@@ -48,7 +48,7 @@ class Listing:
     """All clips that a path names, in order.
 
     Attributes:
-        kind: folder, jsonl, csv or dataset.
+        kind: folder, jsonl, csv, txt or dataset.
         clips: every one, the bad ones too.
         files: what has to be unchanged for the clips to be the same, besides the clips' own files.
     """
@@ -61,7 +61,7 @@ class Listing:
     @property
     def folder(self) -> Path:
         """To which the clips' paths are relative."""
-        return self.path.parent if self.kind in ("jsonl", "csv") else self.path
+        return self.path.parent if self.kind in ("jsonl", "csv", "txt") else self.path
 
 
 def list_clips(
@@ -109,6 +109,30 @@ def list_clips(
     return replace(listing, clips=list(_only_once(listing.clips)))
 
 
+def list_prompts(path: Path) -> Listing:
+    """The captions of a ``.txt`` with one a line, a ``.jsonl`` of objects or a ``.csv`` with the column ``caption``.
+
+    Raises:
+        UserError: it cannot be read, holds none, or is a list with a mistake (its line is named).
+    """
+    text, suffix = _text_of(path), path.suffix.lower()
+    if suffix == ".txt":
+        lines = ((number, {"caption": line}) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip())
+    else:
+        lines = (_csv_rows if suffix == ".csv" else _json_rows)(path, text, ("caption",))
+    clips = []
+    for number, entry in lines:
+        caption, where = entry.get("caption"), f"{path}, line {number}"
+        caption = caption.strip() if isinstance(caption, str) else ""
+        fault = "" if caption else f"{where}: no caption; give 'caption' a text"
+        if caption and not _is_unicode(caption):
+            fault = f"{where}: the caption is not valid Unicode; write it anew"
+        clips.append(Named(f"{len(clips):06d}", caption, fault=fault))
+    if not clips:
+        raise UserError(f"{path}: names no clip; give it one line a clip")
+    return Listing({".csv": "csv", ".txt": "txt"}.get(suffix, "jsonl"), path, clips)
+
+
 def _only_once(clips: list[Named]) -> Iterator[Named]:
     first: dict[str, str] = {}
     for clip in clips:
@@ -120,16 +144,19 @@ def _only_once(clips: list[Named]) -> Iterator[Named]:
         yield clip
 
 
-def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
-    csv_file = path.suffix.lower() == ".csv"
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # line ends as they are: a CSV's caption may hold some
+        return path.read_bytes().decode("utf-8-sig")  # line ends as they are: a CSV's caption may hold some
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a JSONL or CSV file, or a folder of videos"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; name the list of captions, saved as UTF-8") from error
+
+
+def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
+    csv_file, text = path.suffix.lower() == ".csv", _text_of(path)
     clips: dict[str, int] = {}
     named = []
     for number, entry in (_csv_rows if csv_file else _json_rows)(path, text, columns):
@@ -148,7 +175,7 @@ def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
     return Listing("csv" if csv_file else "jsonl", path, named)
 
 
-def _json_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_LINE_END.split(text), 1):
         if not line.strip():
             continue
@@ -161,20 +188,21 @@ def _json_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tupl
                 at = f"{error.msg} at column {error.colno}"
             raise UserError(f"{where}: not JSON ({at}); write one object a line") from error
         if not isinstance(entry, dict):
-            raise UserError(f'{where}: not an object; write {{"{columns[0]}": ..., "{columns[1]}": ...}}')
+            keys = ", ".join(f'"{column}": ...' for column in columns)
+            raise UserError(f"{where}: not an object; write {{{keys}}}")
         yield number, entry
 
 
-def _csv_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = reader.fieldnames or []
         missing = [c for c in columns if c not in header]
         if missing:
             known = ", ".join(name if name.isprintable() else repr(name) for name in header) or "none"
+            other = ", or say columns: [FILE, CAPTION] with its own names" if len(columns) > 1 else ""
             raise UserError(
-                f"{path}: its first line names no column {' or '.join(missing)} (it has {known}); "
-                "mend it, or say columns: [FILE, CAPTION] with its own names"
+                f"{path}: its first line names no column {' or '.join(missing)} (it has {known}); mend it{other}"
             )
         for entry in reader:
             yield reader.line_num, entry

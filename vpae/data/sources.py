@@ -1,4 +1,4 @@
-"""Where clips come from: Bounce itself, video files with a caption each, or pictures for the teacher to move.
+"""Where clips come from: Bounce itself, video files with a caption each, or pictures and prompts for the teacher.
 
 A source is a sequence of :class:`Record` and has a fingerprint, so that whatever was made from it (a cache, a
 checkpoint) can tell whether it still is the same data.
@@ -15,14 +15,23 @@ from typing import Any, Literal
 
 from vpae.data.bounce import SPLITS, Clip, World, make_clip
 from vpae.data.listing import CAPTIONS, list_clips
-from vpae.data.pictures import PRECISIONS, PictureSource
+from vpae.data.pictures import PRECISIONS, PictureSource, PromptSource
 from vpae.data.records import BAD, CROP, RATE, Record, Source, answered, ends, first_fault
 from vpae.data.videos import OTHER_FPS, OTHER_SIZE, SHORT, read_video_noted
 from vpae.errors import UserError
 from vpae.files import is_path
 from vpae.strict import shown
 
-__all__ = ["CAPTIONS", "BounceSource", "PictureSource", "Record", "Source", "VideoFolderSource", "open_source"]
+__all__ = [
+    "CAPTIONS",
+    "BounceSource",
+    "PictureSource",
+    "PromptSource",
+    "Record",
+    "Source",
+    "VideoFolderSource",
+    "open_source",
+]
 
 
 class BounceSource:
@@ -222,6 +231,18 @@ _KEYS: dict[str, dict[str, tuple[bool, _Check]]] = {  # of each kind: the keys, 
         "bad": (False, _one_of(BAD)),
         "columns": (False, _COLUMNS),
     },
+    "prompts": {
+        "path": (True, _PATH),
+        "size": (True, _SIZE),
+        "num_frames": (True, _FRAMES),
+        "steps": (True, _FRAMES),
+        "guidance_scale": (True, (lambda v: _number(v) and v >= 0, "a number from 0")),
+        "negative_prompt": (True, _TEXT),
+        "seed": (True, (lambda v: _whole(v, 0), "a whole number from 0")),
+        "precision": (False, _one_of(PRECISIONS)),
+        "attention": (False, _TEXT),
+        "bad": (False, _one_of(BAD)),
+    },
 }
 
 
@@ -230,8 +251,8 @@ def open_source(spec: dict[str, Any]) -> Source:
 
     ``kind: bounce``: ``split``, ``count``, ``start``, and in ``world`` the constants of
     :class:`~vpae.data.bounce.World` that differ from its own. ``kind: videos``: the arguments of
-    :class:`VideoFolderSource`. ``kind: generate``: those of :class:`~vpae.data.pictures.PictureSource`. ``size`` is
-    ``[height, width]``, px.
+    :class:`VideoFolderSource`. ``kind: generate``: those of :class:`~vpae.data.pictures.PictureSource`; ``kind:
+    prompts``: of :class:`~vpae.data.pictures.PromptSource`. ``size`` is ``[height, width]``, px.
 
     Raises:
         UserError: an unknown kind, a key unknown, missing or of the wrong type, or what the source itself finds.
@@ -257,8 +278,8 @@ def open_source(spec: dict[str, Any]) -> Source:
             values[key] = tuple(values[key])
     if kind == "videos":
         return VideoFolderSource(**values)
-    if kind == "generate":
-        return PictureSource(**values)
+    if kind in ("generate", "prompts"):
+        return (PictureSource if kind == "generate" else PromptSource)(**values)
     try:
         world = World.from_dict(values.pop("world", {}))
     except (ValueError, TypeError) as error:
