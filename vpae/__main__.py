@@ -295,7 +295,10 @@ def _leave_at_a_known_mistake() -> None:
     words = restarts.mistake()
     if words is not None:
         if words and restarts.is_last_attempt():
-            print(f"error: {words}", file=sys.stderr, flush=True)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {words}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(_HUSH)
         sys.exit(2)
 
 
