@@ -14,52 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from common import write_result
+from ranks import Ranks, ended, kill, start
 
 from vpae.files import sha256
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-
-
-def start(command: list[str], count: int) -> list[subprocess.Popen]:
-    """The command on ``count`` ranks of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    group["OMP_NUM_THREADS"] = max(1, len(os.sched_getaffinity(0)) // count)
-    ranks = [group | {"RANK": r, "LOCAL_RANK": r} for r in range(count)]
-    return [subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in rank.items()}) for rank in ranks]
-
-
-def kill(ranks: list[subprocess.Popen]) -> None:
-    for rank in ranks:
-        rank.kill()
-    for rank in ranks:
-        rank.wait()
-
-
-def ended(ranks: list[subprocess.Popen], seconds: float) -> bool:
-    """Whether all ranks came to their end within ``seconds``; leaves the benchmark where one failed."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
-        if any(rank.returncode for rank in ranks):
-            break
-        time.sleep(0.05)
-    if any(rank.returncode for rank in ranks):
-        kill(ranks)
-        sys.exit(f"a build failed with status {[rank.returncode for rank in ranks]}")
-    return all(rank.returncode == 0 for rank in ranks)
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -85,12 +52,11 @@ def main() -> None:
     shape = {"size": list(arguments.size), "num_frames": arguments.frames, "fps": arguments.fps}
     source = {"kind": "videos", "path": str(arguments.clips), **shape, "short": "repeat_last", "bad": "skip"}
 
-    def build(folder: Path) -> list[subprocess.Popen]:
+    def build(folder: Path) -> Ranks:
         settings = [f"data.source={json.dumps(source)}", f"data.cache={folder}"]
-        command = [sys.executable, "-m", "vpae", "cache", str(RECIPE), "--set", *settings]
-        return start(command, arguments.ranks)
+        return start(["cache", str(RECIPE), "--set", *settings], arguments.ranks)
 
-    def encoding(folder: Path, ranks: list[subprocess.Popen], since: int) -> bool:
+    def encoding(folder: Path, ranks: Ranks, since: int) -> bool:
         """Wait until a build has said that it encodes (later than ``since``, ns); False where it ended before."""
         stamp = folder / "building.json"
         while not stamp.exists() or stamp.stat().st_mtime_ns <= since:
@@ -117,7 +83,7 @@ def main() -> None:
     ranks = build(root / "undisturbed")
     encoding(root / "undisturbed", ranks, 0)
     started = time.monotonic()
-    ended(ranks, float("inf"))
+    ended(ranks)
     took, encoded, generator = time.monotonic() - began, time.monotonic() - started, random.Random(arguments.seed)
     undisturbed, runs, hits = content(root / "undisturbed"), [], 0
     count = sum(undisturbed["clips"].values())
@@ -132,7 +98,7 @@ def main() -> None:
                 break
             kills, hits = [*kills, found], hits + 1
             print(f"kill {hits} of {arguments.kills}: {found}", flush=True)
-        ended(build(folder), float("inf"))
+        ended(build(folder))
         made = content(folder)
         differing = sorted(
             name

@@ -154,6 +154,8 @@ def generate(run: Path, processes: Processes) -> None:
     mine = [rows for i, rows in enumerate(groups.values()) if i % processes.size == processes.rank]
     todo = [(rows, left) for rows in mine if (left := [r for r in rows if not (videos / r["video"]).is_file()])]
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    if not encoders.has_pictures:
+        raise UserError(f"{model.source} makes clips from text alone; VBench-I2V gives each a first frame")
     null_text = encoders.texts([model.negative_prompt])
     bar = tqdm(total=sum(map(len, mine)), unit="video", disable=not processes.is_main, desc="rank 0's videos")
     bar.update(bar.total - sum(len(left) for _, left in todo))
@@ -166,6 +168,7 @@ def generate(run: Path, processes: Processes) -> None:
                 condition.null(null_text),
                 Draws(seed_of(plan["seed"], "vbench"), [row["position"]], encoders.device),
                 steps=plan["steps"],
+                shape=encoders.latent_shape((plan["num_frames"], *plan["size"])),
                 sampler=plan["sampler"],
                 guidance_scale=plan["guidance_scale"],
                 scheduler=encoders.pipeline.scheduler,

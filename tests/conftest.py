@@ -43,6 +43,15 @@ MICRO_TRANSFORMER = {
     "added_kv_proj_dim": 24,
     "rope_max_seq_len": 64,
 }
+MICRO_T2V = MICRO_TRANSFORMER | {"in_channels": 16, "image_dim": None, "added_kv_proj_dim": None}
+MICRO_TI2V = MICRO_T2V | {"in_channels": 8, "out_channels": 8}
+MICRO_TI2V_VAE = MICRO_VAE | {
+    "z_dim": 8,
+    "is_residual": True,
+    "decoder_base_dim": 6,
+    "latents_mean": [0.1 * k for k in range(8)],
+    "latents_std": [1.0 + 0.1 * k for k in range(8)],
+}
 WORLD = {"size": 32, "num_frames": 5}
 _LORA = {"rank": 2, "alpha": 2.0, "targets": ["to_q", "to_v"]}
 
@@ -63,25 +72,38 @@ def _law(low: float = 0.02, high: float = 0.98, shift: float = 1.0) -> dict:
     return {"kind": "uniform", "low": low, "high": high, "shift": shift, "mean": 0.0, "std": 1.0}
 
 
-def make_pipeline(folder: Path) -> Path:
-    """Write a micro pipeline folder with random weights."""
+def make_pipeline(folder: Path, kind: str = "i2v") -> Path:
+    """Write a micro pipeline folder with random weights: i2v, t2v or ti2v."""
     from vpae.data.tiny import write_encoders
-    from vpae.export.folder import MODEL_INDEX, write_transformer
+    from vpae.export.folder import model_index, write_transformer
     from vpae.files import write_json
     from vpae.finetune import build_vae
     from vpae.models import fresh_transformer
 
-    write_encoders(folder, 3.0)
-    build_vae(MICRO_VAE, 0).save_pretrained(folder / "vae")
-    transformer = fresh_transformer(MICRO_TRANSFORMER, 0)
+    write_encoders(folder, 3.0, images=kind == "i2v")
+    build_vae(MICRO_TI2V_VAE if kind == "ti2v" else MICRO_VAE, 0).save_pretrained(folder / "vae")
+    config = {"i2v": MICRO_TRANSFORMER, "t2v": MICRO_T2V, "ti2v": MICRO_TI2V}[kind]
+    transformer = fresh_transformer(config, 0)
     write_transformer(transformer.config, dict(transformer.state_dict()), folder)
-    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "model_index.json", model_index(kind))
     return folder
 
 
 @pytest.fixture(scope="session")
 def micro_pipeline(tmp_path_factory) -> Path:
     return make_pipeline(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="session")
+def micro_t2v(tmp_path_factory) -> Path:
+    """A pipeline of Wan2.1-T2V's classes: no CLIP, no first frame."""
+    return make_pipeline(tmp_path_factory.mktemp("micro_t2v"), "t2v")
+
+
+@pytest.fixture(scope="session")
+def micro_ti2v(tmp_path_factory) -> Path:
+    """A pipeline of Wan2.2-TI2V's classes: the first latent frame is given in its place, a residual VAE."""
+    return make_pipeline(tmp_path_factory.mktemp("micro_ti2v"), "ti2v")
 
 
 @pytest.fixture(scope="session")

@@ -434,7 +434,7 @@ def test_a_phones_picture_is_turned_the_way_it_was_taken(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter clockwise
     Image.fromarray(np.rot90(upright)).save(tmp_path / "phone.png", exif=exif)
-    assert np.array_equal(read_picture(tmp_path / "phone.png", None), upright)
+    assert np.array_equal(read_picture(tmp_path / "phone.png", None, 16), upright)
 
 
 def test_fresh_removes_an_earlier_run_and_nothing_else(tmp_path):

@@ -101,11 +101,13 @@ def test_one_network_is_read_to_sample_from_one_role(micro_recipe, tmp_path, mon
     from vpae import loading
 
     assert _run(micro_recipe, tmp_path)
-    read = loading.load_transformer
-    made = []
-    monkeypatch.setattr(loading, "load_transformer", lambda folder: made.append(read(folder)) or made[-1])
+    build, give = loading.unborn_transformer, loading.give_memory
+    made, given = [], []
+    monkeypatch.setattr(loading, "unborn_transformer", lambda config: made.append(build(config)) or made[-1])
+    monkeypatch.setattr(loading, "give_memory", lambda backbone, where: given.append(backbone) or give(backbone, where))
     model = load_model(tmp_path, role)
-    assert len(made) == 1 and model.role.backbone.transformer is made[0]
+    assert len(made) == len(given) == 1 and model.role.backbone.transformer is made[0]
+    assert model.role.backbone is given[0] and not any(p.is_meta for p in made[0].parameters())
 
 
 def test_phase_ones_networks_are_gone_when_phase_twos_are_built(micro_recipe, tmp_path, monkeypatch):

@@ -319,6 +319,45 @@ def test_digest_goes_by_content_and_not_by_formatting(plain):
     assert len(digest) == 16 and int(digest, 16)
 
 
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("seed", 1 << 63, "must be a whole number, not 9223372036854775808"),
+        pytest.param("seed", 16**5000, "too large to be shown", id="digits"),
+        ("priming.guidance_scale", 10**400, "must be a number, not 1000"),
+        ("name", "../elsewhere", "must be one that a file can have"),
+        ("name", "a" * 300, "must be one that a file can have"),
+        ("name", "a\nb", "must be one that a file can have"),
+        ("name", "\ud800", "must be text, not"),
+        ("teacher.path", "a\0b", "teacher.path 'a\\x00b' cannot be a path"),
+        ("data.cache", "a" * 300, "cannot be a path"),
+        ("data.source.world", {"size": float("nan")}, "holds nan, which is no finite number"),
+        ("data.source.world", {1: 2}, "holds the key 1, which is no text"),
+        ("data.source.world", {"a": {1, 2}}, "a set; write numbers, text, lists and mappings"),
+        ("data.source.world", {"size": 1 << 70}, "a whole number of more than 64 bits"),
+        ("data.source.world", {"size": "\udc00"}, "which is not valid Unicode"),
+    ],
+)
+def test_values_that_could_not_be_written_down_again(micro_recipe, key, value, says):
+    """Found by fuzzing: each was a traceback later on, or a run folder outside of outputs/."""
+    *parents, last = key.split(".")
+    node = micro_recipe
+    for part in parents:
+        node = node[part]
+    node[last] = value
+    assert says in complaint(micro_recipe)
+
+
+def test_a_section_that_a_yaml_alias_puts_into_itself(micro_recipe, tmp_path):
+    path, text = tmp_path / "my.yaml", yaml.safe_dump(micro_recipe)
+    assert "      num_frames: 5" in text
+    path.write_text(text.replace("    world:", "    world: &w\n      again: *w"))
+    with pytest.raises(UserError, match="holds too many values, or values in one another"):
+        recipes.load(path)
+    with pytest.raises(UserError, match="the value is not valid YAML"):
+        recipes.load(path, ("seed=" + "[" * 5000,))
+
+
 def test_a_stored_recipe_of_an_earlier_version_is_completed_and_a_new_one_is_not(plain, tmp_path):
     old = copy.deepcopy(plain)
     for key in recipes.ADDED["engine"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from vpae import recipe as recipes
@@ -21,6 +21,23 @@ from vpae.released import TRANSFORMERS
 from vpae.weights import unborn_transformer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+# What fixes names and shapes of the VAE of Wan2.2-TI2V-5B: 48 channels for 4 x 16 x 16 pixels, of which 2 x 2 go into
+# channels by rearrangement alone. Mean and std of its latents are in its own config.
+VAE_TI2V_5B = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+}
 ALONE = Processes(0, 1, torch.device("cpu"), None)
 
 
@@ -178,10 +195,18 @@ def test_wrong_files_are_told_in_one_line(micro_recipe, teacher, harm, message):
         ("Wan2.1-I2V-14B-720P-Diffusers", 16_394_878_784),
         ("Wan2.1-T2V-14B-Diffusers", 14_288_491_584),
         ("Wan2.1-T2V-1.3B-Diffusers", 1_418_996_800),
+        ("Wan2.2-TI2V-5B-Diffusers", 4_999_787_712),  # 19,999,150,848 bytes of fp32, as its index says
     ],
 )
 def test_released_transformers_have_their_released_size(name, parameters):
     assert count(unborn_transformer(TRANSFORMERS[name])) == parameters
+
+
+def test_the_vae_of_wan22_has_its_released_size():
+    """Its file is of 2.82 GB, in fp32."""
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**VAE_TI2V_5B, latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
+    assert count(vae) == 704_688_668
 
 
 def test_a_released_model_that_is_not_here_is_said_how_to_fetch(tmp_path):
@@ -196,8 +221,17 @@ def test_a_config_that_makes_no_transformer_is_told(teacher, micro_recipe):
         _cast(micro_recipe, path=teacher)
 
 
-@pytest.mark.parametrize("name", ["wan21_i2v_14b_480p", "wan21_i2v_14b_720p", "wan21_i2v_14b_480p_lora_1gpu"])
-def test_recipes_for_14b_put_all_roles_together_without_memory(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("wan21_i2v_14b_480p", 16_394_878_784),
+        ("wan21_i2v_14b_720p", 16_394_878_784),
+        ("wan21_i2v_14b_480p_lora_1gpu", 16_394_878_784),
+        ("wan21_t2v_1_3b", 1_418_996_800),
+        ("wan22_ti2v_5b", 4_999_787_712),
+    ],
+)
+def test_recipes_of_released_models_put_all_roles_together_without_memory(name, parameters, tmp_path):
     """The teacher's folder holds its config alone: names, shapes, adapters' targets, taps and head come from it."""
     released = Path(recipes.load(RECIPES / f"{name}.yaml").teacher.path).name
     (tmp_path / "transformer").mkdir()
@@ -206,7 +240,7 @@ def test_recipes_for_14b_put_all_roles_together_without_memory(name, tmp_path):
     cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
     fake = fake_score(cast, recipe.priming.fake_lora, recipe.seed)
     networks = 1 if recipe.student.kind == "lora" else 3
-    assert [count(b.transformer) for b in cast.backbones] == [16_394_878_784] * networks
+    assert [count(b.transformer) for b in cast.backbones] == [parameters] * networks
     assert all(p.is_meta for role in (cast.student, cast.ema, fake) for p in role.parameters())
     assert {p.dtype for p in cast.student.parameters()} == {torch.float32}
     assert max(recipe.equilibrium.taps) == cast.teacher.backbone.transformer.config.num_layers - 1

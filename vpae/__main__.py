@@ -118,13 +118,15 @@ def build_parser() -> argparse.ArgumentParser:
     _run_options(distill)
     distill.add_argument("--no-plan-check", action="store_true", help="begin even where the plan says it cannot fit")
 
-    sample = commands.add_parser("sample", help="images + prompts to mp4 and a contact sheet")
+    sample = commands.add_parser("sample", help="images + prompts, or prompts alone, to mp4 and a contact sheet")
     sample.add_argument("model", type=Path, help="a diffusers folder, or a run folder of vpae distill/finetune")
     sample.add_argument(
         "--role", help="of a run folder: student, ema, teacher, fake_score, judge (default: ema, which ships)"
     )
     sample.add_argument("--image", type=Path, action="append", default=[], help="first frame (repeatable)")
-    sample.add_argument("--prompt", action="append", default=[], help="caption of the image at the same place")
+    sample.add_argument(
+        "--prompt", action="append", default=[], help="caption of the image, in the same order; or alone"
+    )
     sample.add_argument("--bounce", type=_count, metavar="N", help="first frames and captions of N Bounce test clips")
     sample.add_argument("--steps", type=_count, default=1, help="denoising steps (1 and 4: the student's own rule)")
     sample.add_argument(
@@ -314,7 +316,10 @@ def _leave_at_a_known_mistake() -> None:
     words = restarts.mistake()
     if words is not None:
         if words and restarts.is_last_attempt():
-            print(f"error: {words}", file=sys.stderr, flush=True)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {words}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(_HUSH)
         sys.exit(2)
 
 
@@ -322,6 +327,7 @@ def _leave_at_a_known_mistake() -> None:
 _HUSH = 3.0
 # what a file system says when it will not: the user's to mend
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 
 def main() -> None:

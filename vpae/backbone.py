@@ -2,7 +2,7 @@
 
     out = backbone(x_t, t, condition, taps=(2, 4))      # out.velocity, out.features
 
-It knows the 36-channel packing, the time scale, block features with early exit, and which LoRA adapter answers.
+It knows how the condition is packed, the time scale, block features with early exit, and which LoRA adapter answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Prediction:
     """What a backbone says of x_t.
 
     Attributes:
-        velocity: ``[B, 16, T, h, w]`` fp32, or None when the forward stopped at the last tap.
+        velocity: ``[B, C, T, h, w]`` fp32, 0 where the condition gives a frame; None when the forward stopped at the
+            last tap.
         features: one ``[B, T h w / 4, D]`` for each tapped block, in the order of ``taps``.
         grid: latent tokens as (frames, height, width).
     """
@@ -206,18 +207,19 @@ class Backbone(nn.Module):
             text, rows = pad_text(condition.text, TEXT_LENGTH), 0
         store: dict[int, Tensor] = {}
         packed = condition.pack(x_t)
+        pt, ph, pw = self.transformer.config.patch_size
+        grid = (x_t.shape[2] // pt, x_t.shape[3] // ph, x_t.shape[4] // pw)
         with self.answering_as(adapter), self._reading(rows), self._tapping(taps, stop_at_last_tap, store):
             (velocity,) = self.transformer(
                 hidden_states=packed.to(self.dtype),
-                timestep=t.float() * TRAIN_TIMESTEPS,
+                timestep=condition.times(t.float() * TRAIN_TIMESTEPS, grid),
                 encoder_hidden_states=text.to(self.dtype),
                 encoder_hidden_states_image=None if condition.image is None else condition.image.to(self.dtype),
                 return_dict=False,
             )
-        pt, ph, pw = self.transformer.config.patch_size
-        grid = (x_t.shape[2] // pt, x_t.shape[3] // ph, x_t.shape[4] // pw)
+        velocity = None if taps and stop_at_last_tap else condition.still(velocity.float())
         features = [store[k] if self.sequence is None else self.sequence.gather(store[k]) for k in taps]
-        return Prediction(None if taps and stop_at_last_tap else velocity.float(), features, grid)
+        return Prediction(velocity, features, grid)
 
     @property
     def dtype(self) -> torch.dtype:

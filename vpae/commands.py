@@ -63,21 +63,50 @@ def cache(arguments: argparse.Namespace, processes: Processes) -> bool:
     return True
 
 
-def read_picture(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def read_picture(path: Path, size: tuple[int, int] | None, edge: int) -> np.ndarray:
     """A first frame uint8 ``[H, W, 3]``, scaled and centre-cropped to ``size`` (height, width) where given.
 
     Raises:
-        UserError: no such file, not a picture, or (without a size) edges that are no multiples of 16.
+        UserError: no such file, not a picture, or (without a size) edges that are no multiples of ``edge``.
     """
     picture = open_picture(path)
     if size is None:
         size = picture.shape[:2]
-    height, width = size
-    if height % 16 or width % 16 or min(size) < 16:
-        raise UserError(
-            f"{path}: a first frame of {height}x{width} does not fit; edges must be multiples of 16 (--size)"
-        )
+    _check_size(size, edge, f"{path}: a first frame")
     return fit(picture, size)
+
+
+def _check_size(size: tuple[int, int], edge: int, what: str) -> None:
+    height, width = size
+    if height % edge or width % edge or min(size) < edge:
+        raise UserError(f"{what} of {height}x{width} does not fit; edges must be multiples of {edge} (--size)")
+
+
+def _asked(
+    arguments: argparse.Namespace, model: Model, encoders: Encoders
+) -> tuple[list[np.ndarray | None], list[str], list[str], tuple[int, int] | None]:
+    """What to sample: first frames (None where the model takes none), prompts, names, and the size of the clips."""
+    size = tuple(arguments.size) if arguments.size else model.shape[1:] if model.recipe else None
+    if arguments.bounce:
+        clips = clips_of(model.world, "test", arguments.bounce)
+        pictures = [c.frames[0] if encoders.has_pictures else None for c in clips]
+        return pictures, [c.caption for c in clips], [c.name for c in clips], (model.world.size, model.world.size)
+    if encoders.has_pictures:
+        if not arguments.image or len(arguments.image) != len(arguments.prompt):
+            raise UserError(
+                f"give one --prompt for each --image, in the same order (got {len(arguments.image)} images and "
+                f"{len(arguments.prompt)} prompts), or --bounce N"
+            )
+        names = [f"{i:03d}-{p.stem}" for i, p in enumerate(arguments.image)]
+        return [read_picture(p, size, encoders.edge) for p in arguments.image], arguments.prompt, names, None
+    if arguments.image:
+        raise UserError(f"{model.source} makes clips from text alone; leave --image out")
+    if not arguments.prompt:
+        raise UserError("give at least one --prompt, or --bounce N")
+    if size is None:
+        raise UserError("no recipe says how large the clips of this model are; give --size HEIGHT WIDTH")
+    _check_size(size, encoders.edge, "a clip")
+    return [None] * len(arguments.prompt), arguments.prompt, [f"{i:03d}" for i in range(len(arguments.prompt))], size
 
 
 def _load(arguments: argparse.Namespace) -> Model:
@@ -90,36 +119,26 @@ def _load(arguments: argparse.Namespace) -> Model:
 
 
 def sample(arguments: argparse.Namespace) -> bool:
-    """Images and prompts to mp4 and a contact sheet."""
+    """Images and prompts (or prompts alone) to mp4 and a contact sheet."""
     model = _load(arguments)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
     shape = model.shape
     num_frames = arguments.num_frames or shape[0]
     if num_frames % 4 != 1:
         raise UserError(f"--num-frames must be 4k + 1 (17, 81, ...), not {num_frames}")
-    if arguments.bounce:
-        clips = clips_of(model.world, "test", arguments.bounce)
-        pictures, prompts = [c.frames[0] for c in clips], [c.caption for c in clips]
-        names = [c.name for c in clips]
-    else:
-        if not arguments.image or len(arguments.image) != len(arguments.prompt):
-            raise UserError(
-                f"give one --prompt for each --image, in the same order (got {len(arguments.image)} images and "
-                f"{len(arguments.prompt)} prompts), or --bounce N"
-            )
-        size = tuple(arguments.size) if arguments.size else shape[1:] if model.recipe else None
-        pictures = [read_picture(p, size) for p in arguments.image]
-        prompts, names = arguments.prompt, [f"{i:03d}-{p.stem}" for i, p in enumerate(arguments.image)]
+    pictures, prompts, names, size = _asked(arguments, model, encoders)
     negative = model.negative_prompt if arguments.negative_prompt is None else arguments.negative_prompt
     null_text, rows = encoders.texts([negative]), []
     for i, (name, picture, prompt) in enumerate(zip(names, pictures, prompts, strict=True)):
         condition = encoders.condition([picture], [prompt], num_frames).widened(null_text.shape[1])
+        height, width = size if picture is None else picture.shape[:2]
         latents = sample_latents(
             model.role,
             condition,
             condition.null(null_text),
             Draws(seed_of(arguments.seed, "sample"), [i], encoders.device),
             steps=arguments.steps,
+            shape=encoders.latent_shape((num_frames, height, width)),
             sampler=arguments.sampler,
             guidance_scale=arguments.guidance_scale,
             scheduler=encoders.pipeline.scheduler,

@@ -28,6 +28,7 @@ from vpae.methods.equilibrium import Equilibrium
 from vpae.methods.priming import Priming
 from vpae.models import (
     Cast,
+    check_conditioning,
     check_fit,
     check_tokens,
     choose_taps,
@@ -112,6 +113,7 @@ def preflight_distill(recipe: Distillation, processes: Processes) -> None:
     """
     source = open_source(recipe.data.source)
     pipeline = find_model(recipe.teacher.path)
+    check_conditioning(pipeline)
     config = transformer_config(pipeline)
     check_tokens(config, pipeline, source.shape, processes)
     fp32, named = "", None
@@ -129,7 +131,7 @@ def preflight_distill(recipe: Distillation, processes: Processes) -> None:
 def _is_finished(phase: Path, processes: Processes) -> bool:
     """Whether the phase in this folder has taken all its turns."""
     found = checkpoints.find_agreed(phase / "checkpoints", processes)
-    return found is not None and found.turn >= found.state["turns"]
+    return found is not None and found.turn >= found.part("turns", int)
 
 
 def build_phase(
@@ -265,15 +267,15 @@ def hand_over(
         mend = "; run both, or set priming: null" if before == "priming" else ""
         raise UserError(f"{second} needs {what}, and {folder} holds no checkpoint{mend}")
     shape = tuple(trainer.run.identity["latent_shape"])
-    theirs, mine = stored_identity(found.state), _identity(recipe, data or "", shape, before)
+    theirs, mine = stored_identity(found.part("identity", dict)), _identity(recipe, data or "", shape, before)
     if data is None:
         theirs, mine = ({key: of.get(key) for key in ("teacher", "student", "latent_shape")} for of in (theirs, mine))
     difference = first_difference(theirs, mine)
     if difference:
         raise UserError(f"{second} cannot go on from {what} in {folder}: {difference}")
-    if found.turn < found.state["turns"]:
+    if found.turn < found.part("turns", int):
         raise UserError(
-            f"{what} in {folder} stopped at turn {found.turn} of {found.state['turns']}; finish it with --resume"
+            f"{what} in {folder} stopped at turn {found.turn} of {found.part('turns', int)}; finish it with --resume"
         )
     player = trainer.method.players["student"]
     targets = {f"ema.{name}": p.detach() for name, p in player.ema.parameters.items()}

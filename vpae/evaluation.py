@@ -15,6 +15,7 @@ from vpae.data.bounce import Clip, World, make_clip
 from vpae.data.encoders import Encoders
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import Processes, alone
+from vpae.errors import UserError
 from vpae.judge.judge import SetScores, judge_set
 from vpae.roles import Role
 from vpae.sampling import sample_latents
@@ -78,8 +79,17 @@ def sample_clips(
 
     The noise belongs to (seed, clip's place in the list): the same for every model, batch size and number of ranks.
     Every rank of ``processes`` samples a part with its own whole network, and all return the same.
+
+    Raises:
+        UserError: the model takes no first frame, by which alone a clip can be judged.
     """
     processes = processes or alone()
+    if not encoders.has_pictures:
+        raise UserError(
+            f"the judge compares a clip with the simulator's of the same first frame, and {encoders.folder} makes "
+            "clips from text alone, which says neither where balls start nor how large they are; look at clips of it "
+            "with: vpae sample MODEL --bounce N"
+        )
     options = {"steps": steps, "sampler": sampler, "guidance_scale": guidance_scale}
     mine = range(processes.rank * batch, len(clips), processes.size * batch)
     bar = tqdm(mine, desc=label, unit="batch", leave=False, disable=not processes.is_main)
@@ -110,14 +120,16 @@ def _sample(
         part = clips[start : start + batch]
         condition = encoders.condition([c.frames[0] for c in part], [c.caption for c in part], part[0].world.num_frames)
         condition = condition.widened(null_text.shape[1])
+        shape = encoders.latent_shape(part[0].frames.shape[:3])
         draws = Draws(seed_of(seed, "evaluation"), range(start, start + len(part)), device)
         null = condition.null(null_text) if options["guidance_scale"] != 1.0 else None
         if count == 0:  # the first forward allocates and chooses kernels: it is not timed
-            noise = draws.normal_like("warm-up", condition.latent)
-            role.velocity(noise, condition.latent.new_ones(len(part)), condition)
+            noise = draws.normal("warm-up", shape)
+            role.velocity(noise, noise.new_ones(len(part)), condition)
         _wait(device)
         started = time.perf_counter()
-        latents = sample_latents(role, condition, null, draws, scheduler=encoders.pipeline.scheduler, **options)
+        scheduler = encoders.pipeline.scheduler
+        latents = sample_latents(role, condition, null, draws, shape=shape, scheduler=scheduler, **options)
         _wait(device)
         seconds += time.perf_counter() - started
         frames |= enumerate(encoders.decode(latents), start)

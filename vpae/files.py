@@ -58,6 +58,12 @@ def atomic(path: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def is_path(text: str) -> bool:
+    """Whether a file system can be asked about a path at all: neither empty nor too long, and without a NUL."""
+    parts = [len(part.encode("utf-8", "surrogatepass")) for part in text.split("/")]
+    return bool(text) and "\0" not in text and max(parts) < 256 and sum(parts) + len(parts) < 4096
+
+
 def share(path: Path) -> None:
     """Give a file the permissions of any new one: safetensors makes files that nobody else may read."""
     mask = os.umask(0)

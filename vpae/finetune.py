@@ -11,8 +11,9 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from vpae import recipe as recipes
-from vpae.data.cache import prepare
-from vpae.data.encoders import Encoders, load_transformer, quiet, to_pixels, transformer_config
+from vpae.conditioning import Kind
+from vpae.data.cache import Cache, prepare
+from vpae.data.encoders import Encoders, quiet, to_pixels, transformer_config
 from vpae.data.sources import Source, open_source
 from vpae.data.tiny import write_encoders
 from vpae.draws import Draws, seed_of
@@ -21,16 +22,17 @@ from vpae.engine.parallel import Processes, shard_backbone, shard_module, whole
 from vpae.engine.trainer import Run, Trainer, identity_of
 from vpae.engine.watch import Watch
 from vpae.errors import UserError
-from vpae.export.folder import MODEL_INDEX, write_transformer
+from vpae.export.folder import model_index, write_transformer
 from vpae.extras import require
 from vpae.files import write_json, writing
 from vpae.gallery import Gallery
 from vpae.methods.flow_matching import FlowMatching
 from vpae.methods.vae import Frames, VaeMethod
-from vpae.models import check_fit, check_tokens, compile_blocks, fresh_transformer, preflight, wrap
+from vpae.models import check_fit, check_tokens, compile_blocks, find_model, fresh_transformer, preflight, wrap
 from vpae.recipe import FinetuneFlow, FinetuneVae
 from vpae.roles import Role, full_copy
 from vpae.runs import environment, open_folder
+from vpae.weights import copy_base, give_memory, read_weights, set_weights, unborn_transformer
 
 
 def build_vae(config: dict, seed: int) -> AutoencoderKLWan:
@@ -172,13 +174,26 @@ def _finish_vae(
     print(f"VAE on {len(psnr)} {report['split']} clips: {mean:.2f} dB (worst {worst:.2f})")
 
 
+def _given(recipe: FinetuneFlow) -> Path:
+    """The folder, or asset, that ``teacher.path`` names."""
+    try:
+        return find_model(recipe.teacher.path)
+    except UserError:
+        if recipe.transformer is None:
+            raise
+        return Path(recipe.teacher.path)  # whose VAE is asked for
+
+
 def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:
     """The pipeline folder a flow-matching run trains in: VAE given, encoders given or (for the tiny teacher) built.
+
+    A model from scratch starts from a first frame (``i2v``) where it has an ``image_dim``, and from text alone
+    (``t2v``) where it has none; a ``ti2v`` one goes on from a folder that says so.
 
     Raises:
         UserError: ``teacher.path`` holds neither a pipeline nor a VAE.
     """
-    given, target = Path(recipe.teacher.path), folder / "pipeline"
+    given, target = _given(recipe), folder / "pipeline"
     if (given / "model_index.json").is_file() and recipe.transformer is None:
         # the given folder is never written to
         processes.together(lambda: _copied(given, target, recipe.scheduler_shift), main_only=True)
@@ -189,7 +204,8 @@ def assemble(recipe: FinetuneFlow, folder: Path, processes: Processes) -> Path:
             "of a VAE (make the tiny one with: vpae finetune recipes/tiny_vae.yaml)"
         )
     vae = given if (given / "config.json").is_file() else given / "vae"
-    processes.together(lambda: _composed(vae, target, recipe.scheduler_shift), main_only=True)
+    kind: Kind = "i2v" if (recipe.transformer or {}).get("image_dim") is not None else "t2v"
+    processes.together(lambda: _composed(vae, target, recipe.scheduler_shift, kind), main_only=True)
     return target
 
 
@@ -207,14 +223,39 @@ def _copied(given: Path, target: Path, scheduler_shift: float) -> None:
     draft.rename(target)
 
 
-def _composed(vae: Path, target: Path, scheduler_shift: float) -> None:
+def _composed(vae: Path, target: Path, scheduler_shift: float, kind: Kind) -> None:
     if (target / "model_index.json").is_file():
         return
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
-        write_encoders(target, scheduler_shift)
+        write_encoders(target, scheduler_shift, images=kind == "i2v")
         shutil.copytree(vae, target / "vae", dirs_exist_ok=True)
-    write_json(target / "model_index.json", MODEL_INDEX)
+    write_json(target / "model_index.json", model_index(kind))
+
+
+def _networks(recipe: FinetuneFlow, cache: Cache, processes: Processes) -> tuple[Role, Role]:
+    """The transformer that is trained and its EMA, equal, each rank with its own shards.
+
+    Given weights are read slice by slice; drawn ones are drawn whole on each rank's CPU, so that they do not depend on
+    the number of ranks.
+    """
+    given, drawn = _given(recipe), None
+    if recipe.transformer is not None:
+        drawn = fresh_transformer(recipe.transformer, recipe.seed)
+    transformer = unborn_transformer(transformer_config(given) if drawn is None else drawn.config)
+    check_fit(transformer, cache, recipe.teacher.path if drawn is None else "section 'transformer' of the recipe")
+    student = Role("student", wrap(transformer, recipe.teacher, recipe.engine))
+    ema = full_copy(student, "ema")
+    for role in (student, ema):
+        on_host = role is ema and recipe.engine.ema_on == "cpu" and processes.mesh is not None
+        shard_backbone(role.backbone, processes, on_host=on_host)
+        give_memory(role.backbone, processes, on_host=on_host)
+    if drawn is None:
+        read_weights(student.backbone, given, processes)
+    else:
+        set_weights(student.backbone, drawn.state_dict())
+    copy_base(student.backbone, ema.backbone)
+    return student, ema
 
 
 def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Processes) -> bool:
@@ -227,15 +268,7 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
     encoders = Encoders(pipeline, processes.device)
     cache = prepare(recipe.data, encoders, processes)
     encoders.keep_vae()
-    if recipe.transformer is None:
-        transformer = load_transformer(Path(recipe.teacher.path))
-    else:
-        transformer = fresh_transformer(recipe.transformer, recipe.seed)
-    check_fit(transformer, cache, str(pipeline))
-    student = Role("student", wrap(transformer.to(processes.device), recipe.teacher, recipe.engine))
-    ema = full_copy(student, "ema")
-    shard_backbone(student.backbone, processes)
-    shard_backbone(ema.backbone, processes, on_host=recipe.engine.ema_on == "cpu")
+    student, ema = _networks(recipe, cache, processes)
     if recipe.engine.compile:
         compile_blocks([student.backbone])
     method = FlowMatching(recipe.training, student=student, ema=ema)
@@ -268,8 +301,13 @@ def train_flow(recipe: FinetuneFlow, folder: Path, resume: bool, processes: Proc
         trainer.resume()
     if not trainer.train() or trainer.stopped:
         return False
-    weights = {name: whole(p.detach()).cpu() for name, p in ema.named_parameters()}
-    processes.together(lambda: write_transformer(transformer.config, weights, pipeline), main_only=True)
+    weights = {}
+    for name, parameter in ema.named_parameters():
+        gathered = whole(parameter.detach())  # by all ranks; one keeps it
+        if processes.is_main:
+            weights[name] = gathered.cpu()
+    config = ema.backbone.transformer.config
+    processes.together(lambda: write_transformer(config, weights, pipeline), main_only=True)
     if processes.is_main:
         print(
             f"teacher written to {pipeline}; judge it with: vpae evaluate {pipeline} --steps "

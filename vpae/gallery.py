@@ -62,6 +62,7 @@ class Gallery:
                     self.batch.null,
                     self.batch.draws,
                     steps=steps,
+                    shape=self.batch.x0.shape[1:],
                     guidance_scale=self.settings.teacher_guidance if guided else 1.0,
                     scheduler=self.encoders.pipeline.scheduler,
                 )

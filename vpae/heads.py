@@ -93,7 +93,12 @@ class ConvolutionalHead(Head):
         )
 
     def forward(
-        self, features: Sequence[Tensor], grid: tuple[int, int, int], image: Tensor, text: Tensor, text_keep: Tensor
+        self,
+        features: Sequence[Tensor],
+        grid: tuple[int, int, int],
+        image: Tensor | None,
+        text: Tensor,
+        text_keep: Tensor,
     ) -> Tensor:
         logits = []
         for stack, tap in zip(self.stacks, features, strict=True):
@@ -121,12 +126,17 @@ class CrossAttentionHead(Head):
         """Let ``queries [B, Q, width]`` look at the features of one tap."""
         return self.feed_forwards[tap](self.attentions[tap](queries, _normalise(features)))
 
-    def prepare(self, batch: int, image: Tensor, text: Tensor, text_keep: Tensor) -> list[Tensor]:
+    def prepare(self, batch: int, image: Tensor | None, text: Tensor, text_keep: Tensor) -> list[Tensor]:
         """The queries of each tap, ``[B, Q, width]``."""
         return [q.expand(batch, -1, -1) for q in self.queries]
 
     def forward(
-        self, features: Sequence[Tensor], grid: tuple[int, int, int], image: Tensor, text: Tensor, text_keep: Tensor
+        self,
+        features: Sequence[Tensor],
+        grid: tuple[int, int, int],
+        image: Tensor | None,
+        text: Tensor,
+        text_keep: Tensor,
     ) -> Tensor:
         queries = self.prepare(len(features[0]), image, text, text_keep)
         taps = enumerate(zip(queries, features, strict=True))
@@ -139,21 +149,31 @@ class SemanticHead(CrossAttentionHead):
 
     The queries thereby know what the video should show before they look at it. ``image`` are Wan's CLIP tokens of the
     first frame, ``text`` the umT5 tokens of the prompt, both through linear projections (the paper leaves the
-    encoder of ``e_i`` open).
+    encoder of ``e_i`` open). A model without CLIP tokens (``image_dim`` None) has none to show: its head is told the
+    text alone, and a first frame that is given in its place (Wan2.2-TI2V) is seen in the features, where it is clean.
     """
 
     def __init__(
-        self, feature_dim: int, num_taps: int, width: int, num_heads: int, queries: int, image_dim: int, text_dim: int
+        self,
+        feature_dim: int,
+        num_taps: int,
+        width: int,
+        num_heads: int,
+        queries: int,
+        image_dim: int | None,
+        text_dim: int,
     ) -> None:
         super().__init__(feature_dim, num_taps, width, num_heads, queries)
-        self.from_image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, width))
+        if image_dim is not None:
+            self.from_image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, width))
         self.from_text = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
         self.self_attention, self.feed_forward = Attention(width, width, num_heads), FeedForward(width)
 
-    def prepare(self, batch: int, image: Tensor, text: Tensor, text_keep: Tensor) -> list[Tensor]:
+    def prepare(self, batch: int, image: Tensor | None, text: Tensor, text_keep: Tensor) -> list[Tensor]:
         count, per_tap, _ = self.queries.shape
         queries = self.queries.flatten(0, 1).expand(batch, -1, -1)
-        tokens = torch.cat([queries, self.from_image(image.float()), self.from_text(text.float())], 1)
+        seen = [] if image is None else [self.from_image(image.float())]
+        tokens = torch.cat([queries, *seen, self.from_text(text.float())], 1)
         always = text_keep.new_ones(batch, tokens.shape[1] - text.shape[1])
         # padding rows may be looked from but never looked at
         mixed = self.feed_forward(self.self_attention(tokens, tokens, torch.cat([always, text_keep], 1)))
@@ -200,7 +220,7 @@ def build_head(
     *,
     feature_dim: int,
     num_taps: int,
-    image_dim: int,
+    image_dim: int | None,
     text_dim: int,
     width: int,
     num_heads: int,

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import WanTransformer3DModel
-
 from vpae import recipe as recipes
 from vpae.backbone import Backbone
 from vpae.data.bounce import World
-from vpae.data.encoders import load_transformer
+from vpae.data.encoders import transformer_config
 from vpae.engine import checkpoint as checkpoints
-from vpae.engine.parallel import alone, device_of_rank
+from vpae.engine.parallel import alone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend
-from vpae.models import find_model, fresh_transformer, student_lora, weights_fingerprint, wrap
+from vpae.files import is_path
+from vpae.models import find_model, student_lora, weights_fingerprint, wrap
 from vpae.recipe import Distillation, Engine, FinetuneFlow, Peer, Teacher
 from vpae.roles import Role, add_lora
 from vpae.runs import RECIPE, phases_of
 from vpae.sections import Lora
+from vpae.strict import shown
+from vpae.weights import give_memory, read_weights, unborn_transformer
 
 ROLES = ("student", "ema", "teacher", "fake_score", "judge")
 
@@ -61,7 +63,7 @@ class Model:
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(num_frames, height, width)`` of the clips it was trained on."""
-        if self._source.get("kind") in ("videos", "generate"):
+        if self._source.get("kind") in ("videos", "generate", "prompts"):
             return (self._source["num_frames"], *self._source["size"])
         return self.world.num_frames, self.world.size, self.world.size
 
@@ -72,22 +74,26 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     Raises:
         UserError: it is neither, or has no such role or no checkpoint yet.
     """
+    if not is_path(str(path / RECIPE)):
+        raise UserError(f"{shown(str(path))} cannot be the path of a model")
     if (path / RECIPE).is_file() and not (path / "model_index.json").is_file():
         return _from_run(path, role or "ema", phase)
     if role not in (None, "teacher"):
         raise UserError(f"--role {role} is for run folders; {path} is not one (no {RECIPE} in it)")
     folder = path if (path / "model_index.json").is_file() else find_model(str(path))
-    transformer = load_transformer(folder)
+    backbone = _plain_backbone(transformer_config(folder))
+    give_memory(backbone, alone())
+    read_weights(backbone, folder, alone())
     stored = folder / RECIPE
     recipe = recipes.load_stored(stored) if stored.is_file() else None
-    return Model(Role("model", _plain_backbone(transformer)), folder, recipe, str(folder))
+    return Model(Role("model", backbone), folder, recipe, str(folder))
 
 
-def _plain_backbone(transformer) -> Backbone:
+def _plain_backbone(config: Mapping[str, Any]) -> Backbone:
+    transformer = unborn_transformer(config)
     transformer.set_attention_backend(check_attention_backend("native"))
-    backbone = Backbone(transformer.to(device_of_rank()))
-    backbone.transformer.requires_grad_(False)
-    return backbone
+    transformer.requires_grad_(False)
+    return Backbone(transformer)
 
 
 def _from_run(run: Path, role: str, phase: str | None) -> Model:
@@ -108,15 +114,18 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
     if only is not None and only not in phases:
         raise UserError(f"{run} has no phase {only}; it has {', '.join(phases)}")
     pipeline = find_model(recipe.teacher.path)
-    base = _base(recipe.teacher, recipe.engine, load_transformer(pipeline))
+    base = _base(recipe.teacher, recipe.engine, transformer_config(pipeline))
     if place.stored is None:
-        return Model(Role("teacher", base), pipeline, recipe, f"{role} {pipeline}")
+        teacher = Role("teacher", base)
+        _give_weights(teacher, pipeline)
+        return Model(teacher, pipeline, recipe, f"{role} {pipeline}")
     own = place.stored.split(".")[-1]
     chosen = Role(own, base) if place.lora is None else add_lora(base, own, place.lora, recipe.seed)
     for name in reversed(phases) if only is None else (only,):
         found = checkpoints.find(run / name / "checkpoints")
         if found is not None:
             _check_base(found, pipeline)
+            _give_weights(chosen, None if chosen.adapter is None else pipeline)
             tensors = {f"{place.stored}.{key}": p.detach() for key, p in chosen.named_parameters()}
             checkpoints.load(found, tensors, alone())
             return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
@@ -125,7 +134,8 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
 
 def _check_base(found: checkpoints.Checkpoint, pipeline: Path) -> None:
     """Adapters, and the encoders around any student, belong to the teacher they were trained beside."""
-    there, here = found.state["identity"]["teacher"]["weights"], weights_fingerprint(pipeline)
+    teacher, here = found.part("identity", dict).get("teacher"), weights_fingerprint(pipeline)
+    there = teacher.get("weights") if isinstance(teacher, dict) else None
     if there != here:
         raise UserError(
             f"{found.folder} was distilled from a teacher of other weights ({there}) than {pipeline} holds now "
@@ -133,10 +143,17 @@ def _check_base(found: checkpoints.Checkpoint, pipeline: Path) -> None:
         )
 
 
-def _base(teacher: Teacher, engine: Engine, transformer: WanTransformer3DModel) -> Backbone:
-    """One process's backbone, to be sampled in fp32, which a kernel for training may not take."""
-    there = transformer.to(device_of_rank())
-    return wrap(there, replace(teacher, attention="native"), replace(engine, checkpointing=False))
+def _base(teacher: Teacher, engine: Engine, config: Mapping[str, Any]) -> Backbone:
+    """A backbone without memory, to be sampled in fp32, which a kernel for training may not take."""
+    unborn = unborn_transformer(config)
+    return wrap(unborn, replace(teacher, attention="native"), replace(engine, checkpointing=False))
+
+
+def _give_weights(role: Role, pipeline: Path | None) -> None:
+    """Memory for a whole network on this process's device; its base from ``pipeline``, or (None) from elsewhere."""
+    give_memory(role.backbone, alone())
+    if pipeline is not None:
+        read_weights(role.backbone, pipeline, alone())
 
 
 @dataclass(frozen=True)
@@ -191,11 +208,9 @@ def _from_teacher_run(run: Path, recipe: FinetuneFlow, role: str) -> Model:
     if found is None:
         raise UserError(f"{run} holds no checkpoint yet")
     own = run / "pipeline"
-    pipeline = own if (own / "model_index.json").is_file() else Path(recipe.teacher.path)
-    if recipe.transformer is None:
-        transformer = load_transformer(pipeline)
-    else:
-        transformer = fresh_transformer(recipe.transformer, recipe.seed)
-    chosen = Role(role, _base(recipe.teacher, recipe.engine, transformer))
+    pipeline = own if (own / "model_index.json").is_file() else find_model(recipe.teacher.path)
+    config = transformer_config(pipeline) if recipe.transformer is None else recipe.transformer
+    chosen = Role(role, _base(recipe.teacher, recipe.engine, config))
+    _give_weights(chosen, None)
     checkpoints.load(found, {f"{role}.{key}": p.detach() for key, p in chosen.named_parameters()}, alone())
     return Model(chosen, pipeline, recipe, f"{role} of flow matching, turn {found.turn}, {run}")

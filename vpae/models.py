@@ -16,18 +16,20 @@ from torch import nn
 
 from vpae.backbone import Backbone, default_taps
 from vpae.data.cache import Cache
-from vpae.data.encoders import transformer_config
+from vpae.data.encoders import pipeline_kind, transformer_config
 from vpae.draws import generator_of, seed_of
 from vpae.engine.host import require_memory
 from vpae.engine.parallel import Processes, shard_backbone
 from vpae.errors import UserError
 from vpae.extras import check_attention_backend, require
+from vpae.files import is_path
 from vpae.heads import build_head
 from vpae.recipe import Distill, Engine, Student, Teacher
 from vpae.released import TRANSFORMERS
 from vpae.roles import Role, add_lora, copy_weights, full_copy
 from vpae.sections import Head, Lora
 from vpae.sequence import check_split
+from vpae.strict import shown
 from vpae.weights import copy_base, give_memory, read_weights, store_as, unborn_transformer
 
 
@@ -37,6 +39,8 @@ def find_model(path: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not is_path(path):
+        raise UserError(f"{shown(path)} cannot be the path of a model")
     direct = Path(path)
     if direct.is_dir():
         return direct
@@ -83,11 +87,12 @@ def check_fit(transformer: WanTransformer3DModel, cache: Cache, where: str) -> N
         UserError: another number of channels or another token width.
     """
     channels, config = cache.latent_shape[0], transformer.config
-    sample = cache.read(0, "text").shape[-1], cache.read(0, "image").shape[-1]
+    joined = channels + cache.manifest["temporal_stride"] if cache.kind == "i2v" else 0  # latent and mask
     expected = {
         "latent channels": (config.out_channels, channels),
-        "text width": (config.text_dim, sample[0]),
-        "image width": (config.image_dim, sample[1]),
+        "number of input channels": (config.in_channels, channels + joined),
+        "text width": (config.text_dim, cache.read(0, "text").shape[-1]),
+        "image width": (config.image_dim, cache.read(0, "image").shape[-1] if cache.kind == "i2v" else None),
     }
     for what, (model, data) in expected.items():
         if model != data:
@@ -95,6 +100,20 @@ def check_fit(transformer: WanTransformer3DModel, cache: Cache, where: str) -> N
                 f"the cache {cache.folder} and the transformer in {where} do not fit: {what} is {data} in the cache "
                 f"and {model} in the transformer; encode with that model's own VAE and text encoder"
             )
+
+
+def check_conditioning(pipeline: Path) -> None:
+    """A transformer that is told of CLIP tokens belongs into a pipeline that makes them, and no other does.
+
+    Raises:
+        UserError: the pipeline's transformer and its other parts are of different models.
+    """
+    kind, config = pipeline_kind(pipeline), transformer_config(pipeline)
+    if (config.get("image_dim") is not None) != (kind == "i2v"):
+        raise UserError(
+            f"{pipeline} is a {kind} pipeline, whose transformer has {'an' if kind == 'i2v' else 'no'} image_dim, but "
+            f"transformer/config.json says image_dim: {config.get('image_dim')}"
+        )
 
 
 def preflight(teacher: Teacher, engine: Engine, processes: Processes, fp32: str = "") -> None:

@@ -86,7 +86,7 @@ def _forget(folder: Path) -> None:
 def seconds_training(folder: Path, recipe: Distillation) -> float:
     """Seconds spent in turns of all phases, over all calls that it took to finish them."""
     found = (checkpoints.find(folder / phase / "checkpoints") for phase in phases_of(recipe))
-    return sum(float(checkpoint.state["seconds"]) for checkpoint in found if checkpoint is not None)
+    return sum(checkpoint.part("seconds", (int, float)) for checkpoint in found if checkpoint is not None)
 
 
 def compare(recipe: Distillation, folder: Path, started: float, processes: Processes) -> None:

@@ -18,14 +18,15 @@ import yaml
 
 from vpae import peer_recipe
 from vpae.errors import UserError
+from vpae.files import is_path
 from vpae.flow import TimeLaw
 from vpae.sections import Head, Lora, Optimiser
-from vpae.strict import build, check_ranges, kind_of, read_yaml
+from vpae.strict import build, check_ranges, kind_of, read_yaml, shown
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen model. ``path`` is a diffusers folder of a WanImageToVideoPipeline.
+    """The frozen model. ``path`` is a diffusers folder of a WanImageToVideoPipeline or a WanPipeline.
 
     ``dtype`` is how its weights (the base of every LoRA) are kept in memory; a full student's are always fp32.
     """
@@ -90,7 +91,10 @@ class R1:
 
 @dataclass(frozen=True)
 class Sds:
-    """Conditional SDS against the frozen teacher; ``weight`` is the paper's lambda."""
+    """Conditional SDS against the frozen teacher; ``weight`` is the paper's lambda.
+
+    ``first_frame_weight`` is of no effect where the model is given its first latent frame (Wan2.2-TI2V).
+    """
 
     weight: float
     time: TimeLaw
@@ -349,7 +353,7 @@ def from_plain(plain: dict[str, Any], where: str) -> Recipe:
     """Build a recipe from plain YAML values; ``where`` names the file in errors."""
     kind = plain.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(f"{where}: key 'kind' must be one of {', '.join(KINDS)}, not {kind!r}")
+        raise UserError(f"{where}: key 'kind' must be one of {', '.join(KINDS)}, not {shown(kind)}")
     recipe = build(KINDS[kind], plain, where, "")
     _check(recipe, where)
     return recipe
@@ -380,18 +384,25 @@ def digest(value: Any) -> str:
 def _override(plain: dict[str, Any], text: str) -> None:
     key, found, value = text.partition("=")
     if not found:
-        raise UserError(f"override {text!r} is not of the form key.sub=value")
+        raise UserError(f"override {shown(text)} is not of the form key.sub=value")
     *parents, last = key.strip().split(".")
     node: Any = plain
     for part in parents:
         if not isinstance(node.get(part), dict):
-            raise UserError(f"override {text!r}: the recipe has no section {part!r}")
+            raise UserError(f"override {shown(text)}: the recipe has no section {part!r}")
         node[part] = dict(node[part])  # a YAML alias may stand for one mapping in two places
         node = node[part]
     try:
         node[last] = read_yaml(value)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"override {text!r}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"override {shown(text)}: the value is not valid YAML") from None
+
+
+def _paths(recipe: Recipe) -> dict[str, str | None]:
+    if isinstance(recipe, FinetuneVae):
+        return {"init": recipe.init}
+    paths = {"teacher.path": recipe.teacher.path, "data.cache": recipe.data.cache}
+    return paths | ({"priming_run": recipe.priming_run} if isinstance(recipe, Distill) else {})
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -402,6 +413,15 @@ def _check(recipe: Recipe, where: str) -> None:
         if not condition:
             raise UserError(f"{where}: {message}")
 
+    need(
+        is_path(recipe.name)
+        and "/" not in recipe.name
+        and recipe.name not in (".", "..")
+        and recipe.name.isprintable(),
+        f"name {shown(recipe.name)} must be one that a file can have: its run goes to outputs/NAME",
+    )
+    for key, path in _paths(recipe).items():
+        need(path is None or is_path(path), f"{key} {shown(path)} cannot be a path")
     engine = recipe.engine
     need(
         engine.global_batch % engine.micro_batch == 0,

@@ -29,4 +29,6 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "Wan2.1-I2V-14B-720P-Diffusers": _I2V_14B,
     "Wan2.1-T2V-14B-Diffusers": _WAN_14B,
     "Wan2.1-T2V-1.3B-Diffusers": _WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "Wan2.2-TI2V-5B-Diffusers": _WAN_14B
+    | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
 }

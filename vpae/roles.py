@@ -46,12 +46,12 @@ class Role:
         return self.backbone(x_t, t, condition, taps, stop_at_last_tap, adapter=self.adapter)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """``[B, 16, T, h, w]``."""
+        """``[B, C, T, h, w]``."""
         return self(x_t, t, condition).velocity
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Clean prediction ``x_t - t v``."""
-        return x0_from_velocity(x_t, self.velocity(x_t, t, condition), t)
+        """Clean prediction ``x_t - t v``; a frame that the condition gives is as given."""
+        return x0_from_velocity(condition.hold(x_t), self.velocity(x_t, t, condition), t)
 
     def guided_velocity(
         self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, guidance_scale: float
@@ -64,7 +64,8 @@ class Role:
 
     def guided_x0(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, guidance_scale: float) -> Tensor:
         """Clean prediction under guidance."""
-        return x0_from_velocity(x_t, self.guided_velocity(x_t, t, condition, null, guidance_scale), t)
+        velocity = self.guided_velocity(x_t, t, condition, null, guidance_scale)
+        return x0_from_velocity(condition.hold(x_t), velocity, t)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that are this role's own: its adapter's, or all that are no adapter's."""
@@ -134,10 +135,16 @@ def start_lora(role: Role) -> None:
         whole = torch.empty(parameter.shape)
         generator = generator_of(role.backbone.adapter_seeds[role.name], "lora", role.name, name)
         nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        if isinstance(parameter, DTensor):  # every rank has drawn the whole, so nothing need travel
-            mesh, placements = parameter.device_mesh, parameter.placements
-            whole = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
-        parameter.copy_(whole)
+        set_whole(parameter, whole)
+
+
+@torch.no_grad()
+def set_whole(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Give a parameter (sharded or not) its part of a tensor that every rank holds alike, so that nothing travels."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        whole = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+    parameter.copy_(whole)
 
 
 def full_copy(role: Role, name: str) -> Role:

@@ -108,9 +108,9 @@ def what_is_learnt(plain: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def stored_identity(state: dict[str, Any]) -> dict[str, Any]:
+def stored_identity(identity: dict[str, Any]) -> dict[str, Any]:
     """The identity in a checkpoint's state, of this version or an earlier one, as this version writes it."""
-    return what_is_learnt(recipes.completed(state["identity"]))
+    return what_is_learnt(recipes.completed(identity))
 
 
 def environment() -> dict[str, Any]:

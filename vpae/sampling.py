@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
@@ -41,26 +43,32 @@ def sample_latents(
     draws: Draws,
     *,
     steps: int,
+    shape: Sequence[int] | None = None,
     sampler: str | None = None,
     guidance_scale: float = 1.0,
     scheduler: SchedulerMixin | None = None,
 ) -> Tensor:
-    """Sample normalised latents ``[B, 16, T, h, w]``.
+    """Sample normalised latents ``[B, C, T, h, w]``.
 
     Args:
         role: whose weights.
         null: the unconditional branch; needed for a guidance scale other than 1.
         draws: the noise of these samples.
         steps: evaluations of the conditional network; guidance doubles the NFE.
+        shape: ``(C, T, h, w)`` of a sample; None takes the condition's, which only ``i2v`` has.
         sampler: ``renoise`` (the student's rule; 1 or 4 steps) or ``euler``; by default renoise where it exists and no
             guidance is asked for, else euler.
         scheduler: whose shift the Euler grid has.
 
     Raises:
         UserError: renoise with a number of steps it has no times for.
+        ValueError: neither ``shape`` nor the condition says how large a sample is.
     """
     sampler = sampler or ("renoise" if steps in RENOISE_TIMES and guidance_scale == 1.0 else "euler")
-    noise = draws.normal_like("sample noise", condition.latent)
+    if shape is None and condition.mask is None:
+        raise ValueError("this condition does not tell how long a sample is: give its shape")
+    shape = tuple(condition.latent.shape[1:] if shape is None else shape)
+    noise = draws.normal("sample noise", shape)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return role.guided_velocity(x, t, condition, null, guidance_scale)
@@ -69,7 +77,8 @@ def sample_latents(
         if steps not in RENOISE_TIMES:
             known = " or ".join(map(str, RENOISE_TIMES))
             raise UserError(f"the student samples in {known} steps, not {steps}; use --sampler euler for other numbers")
-        return renoise_sample(
-            velocity, noise, RENOISE_TIMES[steps], lambda i: draws.normal_like(f"renoise {i}", condition.latent)
-        )
-    return euler_sample(velocity, noise, euler_sigmas(scheduler, steps))
+        times = RENOISE_TIMES[steps]
+        x0 = renoise_sample(velocity, noise, times, lambda i: draws.normal(f"renoise {i}", shape))
+    else:
+        x0 = euler_sample(velocity, noise, euler_sigmas(scheduler, steps))
+    return condition.hold(x0)

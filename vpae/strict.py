@@ -44,6 +44,15 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def shown(value: Any) -> str:
+    """A value as errors show it: on one line, not too long, and also where it has more digits than Python prints."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "a value that is too large to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def kind_of(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", type(None): "empty"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
@@ -58,9 +67,10 @@ def build(cls: type, plain: Any, where: str, prefix: str) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in plain:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.4)
+            key = key if isinstance(key, str) else shown(key)
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
             hint = f"did you mean {prefix}{'.' if prefix else ''}{near[0]}?" if near else f"known: {', '.join(names)}"
-            raise UserError(f"{where}: unknown key {_join(prefix, key)!r}; {hint}")
+            raise UserError(f"{where}: unknown key {shown(_join(prefix, key))}; {hint}")
     for name in names:
         if name not in plain:
             raise UserError(f"{where}: missing key {_join(prefix, name)!r} ({_describe(hints[name])})")
@@ -109,10 +119,10 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
         return _convert(_chosen(kinds, value, where, key) if len(kinds) > 1 else kinds[0], value, where, key)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where, key)
-    wrong = UserError(f"{where}: key {key!r} must be {_describe(hint)}, not {value!r} ({kind_of(value)})")
+    wrong = UserError(f"{where}: key {key!r} must be {_describe(hint)}, not {shown(value)} ({kind_of(value)})")
     if origin is Literal:
         if value not in args:
-            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.4)
+            near = difflib.get_close_matches(shown(value).strip("'"), [str(a) for a in args], n=1, cutoff=0.4)
             raise UserError(f"{wrong}; did you mean {near[0]}?" if near else str(wrong))
         return value
     if origin is tuple:
@@ -124,22 +134,62 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise wrong
+        if fault := _fault(value):
+            raise UserError(f"{where}: section {key!r} holds {fault}")
         return value
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, str | int):
         try:  # YAML 1.1 reads 1e-4 as text
-            value = float(value)
-        except ValueError:
+            value = value if isinstance(value, bool) else float(value)
+        except (ValueError, OverflowError):
             raise wrong from None
     ok = {
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"),
+        int: isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST,
+        float: isinstance(value, float) and abs(value) < float("inf"),
         bool: isinstance(value, bool),
-        str: isinstance(value, str),
+        str: isinstance(value, str) and _is_text(value),
     }[hint]
     if not ok:
         raise wrong
     return float(value) if hint is float else value
 
+
+def _is_text(value: str) -> bool:
+    try:  # YAML's escapes can make halves of letters
+        value.encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def _fault(value: Any) -> str:
+    """Why a section of free content is none that can be written down again as it is; empty where it can."""
+    seen, todo = 0, [(value, 0)]
+    while todo:
+        item, depth = todo.pop()
+        seen += 1
+        if depth > _DEEPEST or seen > _MOST:  # a YAML alias may stand for what it is in
+            return "too many values, or values in one another"
+        if isinstance(item, dict):
+            if odd := [k for k in item if not isinstance(k, str)]:
+                return f"the key {shown(odd[0])}, which is no text"
+            todo += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list):
+            todo += [(part, depth + 1) for part in item]
+        elif isinstance(item, str):
+            if not _is_text(item):
+                return f"{shown(item)}, which is not valid Unicode"
+        elif isinstance(item, int):
+            if not -_LARGEST <= item < _LARGEST:
+                return "a whole number of more than 64 bits"
+        elif isinstance(item, float):
+            if not abs(item) < float("inf"):
+                return f"{item}, which is no finite number"
+        elif item is not None:
+            return f"{shown(item)}, a {kind_of(item)}; write numbers, text, lists and mappings"
+    return ""
+
+
+_LARGEST, _DEEPEST, _MOST = 1 << 63, 20, 10_000
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda v: v > 0, "above 0"),

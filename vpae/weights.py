@@ -15,13 +15,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from vpae.backbone import Backbone
 from vpae.engine.checkpoint import read_tensors, stored_shapes
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
-from vpae.roles import Role, start_lora
+from vpae.roles import Role, set_whole, start_lora
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -35,8 +36,8 @@ def unborn_transformer(config: Mapping[str, Any]) -> WanTransformer3DModel:
     try:
         with torch.device("meta"):
             return WanTransformer3DModel.from_config(dict(config)).eval()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the config does not make a WanTransformer3DModel: {error}") from None
+    except Exception as error:  # whatever of many kinds a number that fits nothing makes diffusers raise
+        raise UserError(f"the config does not make a WanTransformer3DModel: {_line(error)}") from None
 
 
 def store_as(transformer: WanTransformer3DModel, dtype: Literal["fp32", "bf16"]) -> None:
@@ -85,7 +86,7 @@ def read_weights(backbone: Backbone, pipeline: Path, processes: Processes) -> No
     try:
         _check_files(folder)
         stored = stored_shapes(folder)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{wrong}{_line(error)}") from None
     ignored = WanTransformer3DModel._keys_to_ignore_on_load_unexpected
     more = sorted(name for name in set(stored) - set(tensors) if not any(part in name for part in ignored))
@@ -116,6 +117,12 @@ def _check_files(folder: Path) -> None:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def set_weights(backbone: Backbone, whole: Mapping[str, Tensor]) -> None:
+    """Give a backbone (sharded or not) weights that every rank holds whole, as one drawn from a seed is."""
+    for name, parameter in Role("base", backbone).named_parameters():
+        set_whole(parameter, whole[name])
 
 
 @torch.no_grad()

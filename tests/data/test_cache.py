@@ -216,3 +216,12 @@ def test_reading_keeps_few_files_open_and_every_sample_in_its_place(data, monkey
     for index in (5, -1):
         with pytest.raises(IndexError):
             parts.read(index, "x0")
+
+
+def test_what_a_kill_leaves_of_safetensors_own_file_is_cleared_and_not_taken_for_somebody_elses(data):
+    """save_file writes by way of ``.tmpXXXXXX`` beside its target."""
+    folder = Path(data.data.cache)
+    folder.mkdir()
+    (folder / ".tmpW0yd4i").write_bytes(b"half")
+    made = prepare(data.data, Encoders(data.teacher.path), start())
+    assert len(made) == 5 and not list(folder.glob(".*"))

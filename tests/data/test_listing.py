@@ -276,3 +276,45 @@ def test_a_list_may_name_one_picture_twice(tmp_path):
     (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": "x"}\n{"image": "a.png", "caption": "y"}')
     clips = list_clips(tmp_path, "image", repeats=True).clips
     assert [(c.name, c.caption, c.fault) for c in clips] == [("000000-a", "x", ""), ("000001-a", "y", "")]
+
+
+def test_characters_that_end_lines_elsewhere_are_part_of_a_caption(tmp_path):
+    """U+2028, U+0085 and the like end no line of JSONL or CSV, and a CSV's quoted caption keeps its own line ends."""
+    (tmp_path / "a.mp4").touch()
+    caption = "a \u2028 b \x85 c \x1c d"
+    (tmp_path / "l.jsonl").write_text(json.dumps({"file": "a.mp4", "caption": caption}, ensure_ascii=False), "utf-8")
+    (tmp_path / "l.csv").write_bytes(f'file,caption\r\na.mp4,"{caption}\r\nand more"\r\n'.encode())
+    assert [c.caption for c in list_clips(tmp_path / "l.jsonl", "file").clips] == [caption]
+    assert [c.caption for c in list_clips(tmp_path / "l.csv", "file").clips] == [f"{caption}\r\nand more"]
+
+
+def test_odd_lines_and_folders_are_named_in_one_line(tmp_path):
+    """Found by fuzzing; each was a traceback, or a message of two lines."""
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(UserError, match=r"a.txt: cannot be read \(Is a directory\)"):
+        opened(tmp_path)
+    with pytest.raises(UserError, match="columns is .*; it has to be two names"):
+        open_source({"kind": "videos", "path": str(tmp_path), **SHAPE, "size": [32, 48], "columns": ["a\nb", "c"]})
+    (tmp_path / "l.csv").write_text('"a\nb",c\n1,2\n')
+    with pytest.raises(UserError, match=r"it has 'a\\nb', c"):
+        opened(tmp_path / "l.csv")
+    for line, says in (
+        ('{"file": ".", "caption": "a"}', "'.' names no file"),
+        ('{"file": "a.mp4", "caption": ' + "1" * 5000 + "}", "not JSON .a number of too many digits"),
+        ('{"file": "a\\nb.mp4", "caption": "a"}', r"a\\nb.mp4 does not exist"),
+    ):
+        (tmp_path / "l.jsonl").write_text(line)
+        with pytest.raises(UserError, match=says) as caught:
+            opened(tmp_path / "l.jsonl")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", [[True, False], [1, 2], [{"bytes": 1}, {"bytes": 2}], [{"x": "a"}, {"x": "b"}]])
+def test_a_column_that_holds_no_videos_is_named(tmp_path, column):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"video": column, "caption": ["a", "b"]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="is not a Hugging Face dataset that can be read .a column of"):
+        opened(tmp_path)

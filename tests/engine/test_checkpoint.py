@@ -87,3 +87,50 @@ def test_a_resumed_run_refuses_a_checkpoint_with_more_in_it(tmp_path):
     checkpoints.load(found, part, start())
     with pytest.raises(UserError, match="holds 'a.weight', which this run has not"):
         checkpoints.load(found, part, start(), everything=True)
+
+
+def test_a_checkpoint_is_removed_under_another_name(tmp_path, monkeypatch):
+    """A kill while an old one, or one of the same turn, goes leaves no half of it that could be taken for whole."""
+    from vpae.engine import checkpoint as module
+
+    remove = module.shutil.rmtree
+
+    def killed(folder, **options):
+        if folder.exists():
+            assert folder.name.endswith(".partial"), f"{folder} would be left in parts"
+        remove(folder, **options)
+
+    monkeypatch.setattr(module.shutil, "rmtree", killed)
+    for turn in (1, 2, 2, 3, 4):
+        _save(tmp_path, turn)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_checksums_find_a_flipped_bit_inside_a_tensor_and_one_file_too_many(tmp_path):
+    folder = _save(tmp_path, 1)
+    file = next(folder.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    target = {name: torch.zeros_like(t) for name, t in TENSORS.items()}
+    whole = file.read_bytes()
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"is damaged \(shard-00001.* its checksum differs\); remove"):
+        checkpoints.load(checkpoints.find(tmp_path), target, start())
+    file.write_bytes(whole)
+    (folder / "more.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match="more.safetensors is none of its files"):
+        checkpoints.find(tmp_path)
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_read(tmp_path):
+    folder = _save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    for key in ("crc32", "sha256"):
+        part = {k: v for k, v in state.items() if k != key}
+        (folder / "state.json").write_text(json.dumps(part))
+        with pytest.raises(UserError, match="state.json is not as it was written"):
+            checkpoints.find(tmp_path)
+    (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k not in ("crc32", "sha256")}))
+    target = {name: torch.zeros_like(t) for name, t in TENSORS.items()}
+    checkpoints.load(checkpoints.find(tmp_path), target, start())
+    assert all(torch.equal(target[k], TENSORS[k]) for k in TENSORS)

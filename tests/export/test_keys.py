@@ -17,10 +17,18 @@ _SHARED = {"text_dim": 4096, "freq_dim": 256, "attention_head_dim": 128, "patch_
 _IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 _BIG = _SHARED | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 _SMALL = _SHARED | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960, "in_channels": 16}
+_FIVE = {
+    "num_attention_heads": 24,
+    "num_layers": 30,
+    "ffn_dim": 14336,
+    "in_channels": 48,
+    "out_channels": 48,
+}
 MODELS = {
     "i2v_14b": (_BIG | _IMAGE, 16_394_878_784),
     "t2v_14b": (_BIG | {"in_channels": 16}, 14_288_491_584),
     "t2v_1_3b": (_SMALL, 1_418_996_800),
+    "ti2v_5b": (_SHARED | _FIVE, 4_999_787_712),
     "tiny_wan": (None, None),
 }
 

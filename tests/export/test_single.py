@@ -138,7 +138,8 @@ def test_an_earlier_export_is_replaced_and_survives_a_failure(full_student, tmp_
     path = tmp_path / "student.safetensors"
     export_wan(full_student, path)
     before = sha256(path)
-    (tmp_path / ".student.partial.safetensors").write_bytes(b"what a kill left")
+    (tmp_path / ".student.partial").mkdir()
+    (tmp_path / ".student.partial" / ".tmpW0yd4i").write_bytes(b"what a kill left, by safetensors' own name")
     export_wan(full_student, path, "bf16")
     assert sha256(path) != before and len(list(tmp_path.iterdir())) == 2
     kept = sha256(path), proof_path(path).read_text()

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from vpae.conditioning import Condition
 from vpae.draws import Draws
 from vpae.flow import TimeLaw
 from vpae.methods.base import Batch
@@ -180,11 +181,11 @@ def test_the_whole_game_on_gaussians(build, gaussian, affine, normaliser):
     method = Priming(settings, teacher=teacher, student=student, fake_score=fake, ema=ema)
     rates = {"fake_score": 0.05, "student": 0.02}
     optimisers = {name: torch.optim.Adam(p.parameters.values(), rates[name]) for name, p in method.players.items()}
-    size = 24
+    size, nothing = 24, Condition(torch.zeros(24, 1, 1))
     for turn in range(method.turns):
         player = method.player_of(turn)
         draws = Draws(0, range(turn * size, (turn + 1) * size))
-        batch = Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), None, None, draws)
+        batch = Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), nothing, None, draws)
         for other in method.players.values():
             for p in other.parameters.values():
                 p.requires_grad_(other.name == player)
@@ -194,7 +195,7 @@ def test_the_whole_game_on_gaussians(build, gaussian, affine, normaliser):
         optimisers[player].step()
         optimisers[player].zero_grad()
     draws = Draws(1, range(1000))
-    samples = method.generate(Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), None, None, draws)).detach()
+    samples = method.generate(Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), nothing, None, draws)).detach()
     assert float(samples.mean()) == pytest.approx(1.0, abs=0.05)
     assert float(samples.std()) == pytest.approx(0.5, rel=0.08)
     assert float(fake.std.detach()) == pytest.approx(0.5, rel=0.08)

@@ -7,7 +7,6 @@ frames, so velocities are px/frame and accelerations px/frame^2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -34,7 +33,7 @@ _TRIES = 10_000  # draws of all places at once; the standard world needs about 2
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _numbers(value: object) -> bool:
@@ -42,7 +41,7 @@ def _numbers(value: object) -> bool:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 16
 
 
 _CONSTANTS: dict[str, tuple[Callable[[object], bool], str]] = {

@@ -24,15 +24,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from vpae.conditioning import Condition, first_frame_mask
+from vpae.conditioning import Kind, condition_of
 from vpae.data.encoders import Encoders
 from vpae.data.generate import teacher_fingerprint
-from vpae.data.pictures import PictureSource
+from vpae.data.manifest import fault, holds
+from vpae.data.pictures import TeacherSource
 from vpae.data.shards import (
     FIELDS,
     MANIFEST,
@@ -42,8 +43,10 @@ from vpae.data.shards import (
     REPORT,
     Build,
     build,
+    check_pictures,
     check_shape,
     clips_per_shard,
+    kind_of,
     sign,
 )
 from vpae.data.sources import Source, open_source
@@ -99,8 +102,13 @@ class Cache:
     def caption(self, index: int) -> str:
         return self.manifest["captions"][index]
 
+    @property
+    def kind(self) -> Kind:
+        """Of the models that it serves."""
+        return kind_of(self.manifest)
+
     def read(self, index: int, name: str) -> Tensor:
-        """One field (x0, latent, text, image) of a sample."""
+        """One field (x0, text, and by kind latent and image) of a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = bisect_right(self._starts, index) - 1
@@ -114,14 +122,12 @@ class Cache:
 
     def fetch(self, indices: list[int], draws: Draws) -> Batch:
         """The samples ``indices`` as a batch on the device of ``draws``."""
-        parts = {name: [self.read(i, name) for i in indices] for name in FIELDS}
+        read = {name: [self.read(i, name) for i in indices] for name in FIELDS[self.kind]}
         rows = int(self.manifest["text_rows"])
-        text = torch.stack([F.pad(x, (0, 0, 0, rows - len(x))) for x in parts["text"]])
-        latent = torch.stack(parts["latent"])
-        mask = first_frame_mask(*latent.shape[2:], stride=self.manifest["temporal_stride"])
-        condition = Condition(text, torch.stack(parts["image"]), latent, mask.expand(len(indices), -1, -1, -1, -1))
-        condition = condition.to(draws.device)
-        return Batch(torch.stack(parts["x0"]).to(draws.device), condition, condition.null(self.null_text), draws)
+        read["text"] = [F.pad(x, (0, 0, 0, rows - len(x))) for x in read["text"]]
+        parts = {name: torch.stack(rows) for name, rows in read.items()}
+        condition = condition_of(self.kind, parts, self.manifest["temporal_stride"]).to(draws.device)
+        return Batch(parts["x0"].to(draws.device), condition, condition.null(self.null_text), draws)
 
 
 def expected(data: Data, source: Source, encoders: Encoders) -> dict[str, Any]:
@@ -133,7 +139,9 @@ def expected(data: Data, source: Source, encoders: Encoders) -> dict[str, Any]:
         "negative_prompt": data.negative_prompt,
         "dtype": "float32",
     }
-    return wanted | {"teacher": teacher_fingerprint(encoders)} if isinstance(source, PictureSource) else wanted
+    if encoders.kind != "i2v":  # the only one that caches of before know
+        wanted["conditioning"] = encoders.kind
+    return wanted | {"teacher": teacher_fingerprint(encoders)} if isinstance(source, TeacherSource) else wanted
 
 
 def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
@@ -144,6 +152,7 @@ def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
     """
     folder, source = Path(data.cache), open_source(data.source)
     check_shape(source.shape, encoders)
+    check_pictures(source, encoders)
     wanted = processes.from_main(lambda: expected(data, source, encoders))
     with _alone(folder, processes):
         missing = processes.agree([not (folder / MANIFEST).is_file()])[0]
@@ -223,11 +232,19 @@ def open_cache(folder: Path, wanted: dict[str, Any], processes: Processes, *, fr
         difference = first_difference(have.get(field), value, field, ("in the cache", "in the recipe"))
         if difference:
             raise UserError(f"cache {folder} does not fit this recipe: {difference}; {mend}")
-    if not signed or not isinstance(manifest.get("made_with"), list):
-        raise UserError(f"{folder / MANIFEST} is damaged; {mend}")
+    if not signed or (wrong := fault(manifest)):
+        more = f" ({wrong} is not as it was written)" if signed else ""
+        raise UserError(f"{folder / MANIFEST} is damaged{more}; {mend}")
     if not fresh:
         processes.together(lambda: _check_files(folder, manifest, mend, processes))
-    return Cache(folder, manifest, load_file(folder / NULL_TEXT)["null_text"])
+    return Cache(folder, manifest, _null_text(folder, mend))
+
+
+def _null_text(folder: Path, mend: str) -> Tensor:
+    try:
+        return load_file(folder / NULL_TEXT)["null_text"]
+    except (OSError, SafetensorError, KeyError):
+        raise UserError(f"cache file {folder / NULL_TEXT} is missing or damaged; {mend}") from None
 
 
 def _check_files(folder: Path, manifest: dict[str, Any], mend: str, processes: Processes) -> None:
@@ -235,11 +252,14 @@ def _check_files(folder: Path, manifest: dict[str, Any], mend: str, processes: P
     others = {NULL_TEXT: "null_text_sha256", PROBE: "probe_sha256", REPORT: "report_sha256"}
     files = [(f, None, manifest.get(key)) for f, key in others.items()]
     files += [(s["file"], s["bytes"], s["sha256"]) for s in manifest["shards"]]
+    entries = {s["file"]: s for s in manifest["shards"]}
     for name, size, hashed in files[processes.rank :: processes.size]:
         file = folder / name
         if not file.is_file() or size not in (None, file.stat().st_size) or sha256(file) != hashed:
             kind = "shard" if size is not None else "file"
             raise UserError(f"cache {kind} {file} is missing or damaged; {mend}")
+        if name in entries and not holds(file, entries[name], manifest):
+            raise UserError(f"cache shard {file} does not hold what the manifest says; {mend}")
 
 
 def _check_rule(made: Cache, source: Source) -> None:

@@ -1,4 +1,4 @@
-"""Pixels and prompts to latents and tokens, and back: the frozen parts of a Wan image-to-video pipeline.
+"""Pixels and prompts to latents and tokens, and back: the frozen parts of a Wan pipeline.
 
 Everything goes through diffusers' own pipeline object, so that what is cached for training is what the pipeline
 computes at inference.
@@ -18,15 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
 
-from vpae.conditioning import TEXT_LENGTH, Condition, first_frame_mask, pad_text
+from vpae.conditioning import PATCH, TEXT_LENGTH, Condition, Kind, condition_of, pad_text
 from vpae.errors import UserError
 from vpae.files import feed
 
-PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
+_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+PARTS: dict[Kind, tuple[str, ...]] = {  # folders of a pipeline besides its transformer
+    "i2v": (*_PARTS, "image_encoder", "image_processor"),
+    "t2v": _PARTS,
+    "ti2v": _PARTS,
+}
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 @contextlib.contextmanager
@@ -39,22 +45,49 @@ def quiet():
         yield
 
 
-def load_pipeline(folder: str | Path, *, transformer: bool, without: Sequence[str] = ()) -> WanImageToVideoPipeline:
+def pipeline_kind(folder: str | Path) -> Kind:
+    """How a pipeline folder's transformer is conditioned, from its model_index.json.
+
+    Both pipelines of diffusers read a folder that says ``expand_timesteps``; the one of images is taken: ``ti2v``.
+
+    Raises:
+        UserError: it is no folder of a Wan pipeline with one transformer.
+    """
+    folder = Path(folder)
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a diffusers pipeline folder (no model_index.json in it)")
+    try:
+        index = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot load the pipeline in {folder}: {file.name} is damaged ({error})") from None
+    name = index.get("_class_name")
+    if name not in _PIPELINES:
+        raise UserError(f"{folder} holds a {name}; vpae knows {' and '.join(_PIPELINES)}")
+    if any(index.get("transformer_2") or ()):
+        raise UserError(f"{folder} has two transformers, one for each end of the path; vpae distils one that does both")
+    if index.get("expand_timesteps"):
+        return "ti2v"
+    return "t2v" if name == "WanPipeline" else "i2v"
+
+
+def load_pipeline(
+    folder: str | Path, *, transformer: bool, without: Sequence[str] = ()
+) -> WanImageToVideoPipeline | WanPipeline:
     """Load a diffusers folder, from safetensors only and without the network; parts ``without`` stay on the disk.
 
     Raises:
         UserError: no such folder, or a part is missing, damaged or of another class.
     """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a diffusers pipeline folder (no model_index.json in it)")
-    for part in PARTS + (("transformer",) if transformer else ()):
+    folder, kind = Path(folder), pipeline_kind(folder)
+    for part in PARTS[kind] + (("transformer",) if transformer else ()):
         if not (folder / part).is_dir():
-            raise UserError(f"{folder} is not a whole Wan image-to-video pipeline: its folder {part}/ is missing")
+            raise UserError(f"{folder} is not a whole Wan {kind} pipeline: its folder {part}/ is missing")
+    cls = WanPipeline if kind == "t2v" else WanImageToVideoPipeline
     options = dict.fromkeys(without) if transformer else dict.fromkeys(without) | {"transformer": None}
     try:
         with quiet():
-            pipeline = WanImageToVideoPipeline.from_pretrained(
+            pipeline = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **options
             )
     except Exception as error:  # diffusers raises many kinds; all mean that the folder cannot be used
@@ -106,20 +139,24 @@ def to_pixels(clips: Sequence[np.ndarray], device: torch.device | str = "cpu") -
 
 
 class Encoders:
-    """VAE, umT5 and CLIP of a pipeline folder, frozen, in fp32.
+    """VAE, umT5 and (for ``i2v``) CLIP of a pipeline folder, frozen, in fp32.
 
     Args:
         folder: a diffusers pipeline folder.
         device: where they run.
         vae_only: leave umT5 and CLIP on the disk; latents can be made and decoded, nothing else.
+
+    Attributes:
+        kind: how the pipeline's transformer is conditioned.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", *, vae_only: bool = False) -> None:
-        self.folder = Path(folder)
-        without = ("text_encoder", "image_encoder") if vae_only else ()
+        self.folder, self.kind = Path(folder), pipeline_kind(folder)
+        self._token_encoders = [part for part in PARTS[self.kind] if part in ("text_encoder", "image_encoder")]
+        without = self._token_encoders if vae_only else ()
         self.pipeline = load_pipeline(folder, transformer=False, without=without).to(device)
         self.device = torch.device(device)
-        for part in (self.vae, self.pipeline.text_encoder, self.pipeline.image_encoder):
+        for part in (self.vae, *(getattr(self.pipeline, name) for name in self._token_encoders)):
             if part is not None:
                 part.requires_grad_(False)
 
@@ -129,7 +166,29 @@ class Encoders:
 
     def keep_vae(self) -> None:
         """Let go of the text and image encoders (umT5-XXL alone is 23 GB in fp32): a cache answers for them now."""
-        self.pipeline.text_encoder = self.pipeline.image_encoder = None
+        for name in self._token_encoders:
+            setattr(self.pipeline, name, None)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a clip goes on from a given first frame."""
+        return self.kind != "t2v"
+
+    @property
+    def edge(self) -> int:
+        """What edges of clips are multiples of, px: a token's."""
+        return PATCH * self.vae.config.scale_factor_spatial
+
+    @property
+    def stride(self) -> int:
+        """Pixel frames to a latent frame, but for the first one, which stands for one."""
+        return self.vae.config.scale_factor_temporal
+
+    def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """``(C, T, h, w)`` of the latents of a clip of ``(frames, height, width)``."""
+        frames, height, width = shape
+        spatial = self.vae.config.scale_factor_spatial
+        return self.vae.config.z_dim, 1 + (frames - 1) // self.stride, height // spatial, width // spatial
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         config = self.vae.config
@@ -143,13 +202,18 @@ class Encoders:
 
     @torch.no_grad()
     def latents(self, clips: Sequence[np.ndarray]) -> Tensor:
-        """Normalised latents ``[B, 16, T, h, w]`` (posterior mode) of whole clips."""
+        """Normalised latents ``[B, C, T, h, w]`` (posterior mode) of whole clips."""
         return self._encode(to_pixels(clips, self.device))
 
     @torch.no_grad()
     def first_frame(self, pictures: Sequence[np.ndarray], num_frames: int) -> Tensor:
-        """The condition's latent ``[B, 16, T, h, w]``: the picture, then grey frames, through the VAE."""
+        """The condition's latent: the picture through the VAE.
+
+        For ``i2v`` with grey frames after it ``[B, C, T, h, w]``, for ``ti2v`` by itself ``[B, C, 1, h, w]``.
+        """
         first = to_pixels([p[None] for p in pictures], self.device)
+        if self.kind == "ti2v":
+            return self._encode(first)
         grey = first.new_zeros(*first.shape[:2], num_frames - 1, *first.shape[3:])
         return self._encode(torch.cat([first, grey], dim=2))
 
@@ -172,16 +236,26 @@ class Encoders:
         longest = int(used.max()) + 1 if len(used) else 1
         return pad_text(text[:, :longest], length or longest)
 
+    def parts(self, pictures: Sequence[np.ndarray], prompts: Sequence[str], num_frames: int) -> dict[str, Tensor]:
+        """What the condition of a batch is made of (see :func:`~vpae.conditioning.condition_of`), by name.
+
+        Args:
+            pictures: first frames uint8 ``[H, W, 3]``; not looked at for ``t2v``.
+        """
+        said = {"text": self.texts(prompts)}
+        if self.has_pictures:
+            said["latent"] = self.first_frame(pictures, num_frames)
+        if self.kind == "i2v":
+            said["image"] = self.images(pictures)
+        return said
+
     def condition(self, pictures: Sequence[np.ndarray], prompts: Sequence[str], num_frames: int) -> Condition:
-        """The whole condition of a batch of first frames uint8 ``[H, W, 3]`` and prompts."""
-        latent = self.first_frame(pictures, num_frames)
-        stride = self.vae.config.scale_factor_temporal
-        mask = first_frame_mask(*latent.shape[2:], stride=stride).to(self.device).expand(len(pictures), -1, -1, -1, -1)
-        return Condition(self.texts(prompts), self.images(pictures), latent, mask)
+        """The whole condition of a batch of first frames uint8 ``[H, W, 3]`` (unused for ``t2v``) and prompts."""
+        return condition_of(self.kind, self.parts(pictures, prompts, num_frames), self.stride)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[np.ndarray]:
-        """Normalised latents ``[B, 16, T, h, w]`` to frames uint8 ``[F, H, W, 3]`` each."""
+        """Normalised latents ``[B, C, T, h, w]`` to frames uint8 ``[F, H, W, 3]`` each."""
         mean, std = self._moments()
         pixels = self.vae.decode(latents.float() * std + mean).sample
         frames = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -190,7 +264,7 @@ class Encoders:
     def fingerprint(self) -> dict[str, str]:
         """For each part a hash over the weights and configs that decide what it says."""
         hashes = {}
-        for part in PARTS:
+        for part in PARTS[self.kind]:
             if part == "scheduler":
                 continue
             digest = hashlib.sha256()
@@ -209,9 +283,7 @@ class Encoders:
         """
         ramp = torch.arange(5 * 64 * 64 * 3, dtype=torch.int64)
         clip = (ramp * ramp // 97 % 256).to(torch.uint8).reshape(5, 64, 64, 3).numpy()
-        said = {
-            "latent": self.latents([clip]),
-            "image": self.images([clip[0]]),
-            "text": self.texts(["A red ball & a <b>cyclist</b>, 2 km away."]),
-        }
+        said = {"latent": self.latents([clip]), "text": self.texts(["A red ball & a <b>cyclist</b>, 2 km away."])}
+        if self.kind == "i2v":
+            said["image"] = self.images([clip[0]])
         return {name: tensor.float().cpu().contiguous() for name, tensor in said.items()}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vpae.backbone import Backbone
-from vpae.conditioning import Condition, first_frame_mask
+from vpae.conditioning import Condition
 from vpae.data.encoders import Encoders, load_transformer
-from vpae.data.pictures import PictureSource
+from vpae.data.pictures import TeacherSource
 from vpae.draws import Draws, seed_of
 from vpae.extras import check_attention_backend
 from vpae.roles import Role
@@ -24,7 +24,7 @@ class Teacher:
         UserError: the folder holds no transformer (or a damaged one), or the attention kernel cannot serve here.
     """
 
-    def __init__(self, source: PictureSource, encoders: Encoders) -> None:
+    def __init__(self, source: TeacherSource, encoders: Encoders) -> None:
         exact = "data.source.precision: fp32" if source.precision == "fp32" else ""
         kernel = check_attention_backend(source.attention, fp32=exact)
         transformer = load_transformer(encoders.folder)
@@ -42,7 +42,7 @@ class Teacher:
         self.null_text = encoders.texts([source.negative_prompt])
 
     def __call__(self, positions: list[int], condition: Condition) -> Tensor:
-        """Normalised latents ``[B, 16, T, h, w]`` of the clips at ``positions`` of the source."""
+        """Normalised latents ``[B, C, T, h, w]`` of the clips at ``positions`` of the source."""
         source, device = self.source, self.encoders.device
         condition = condition.widened(self.null_text.shape[1])
         with torch.autocast(device.type, torch.bfloat16, enabled=source.precision == "bf16", cache_enabled=False):
@@ -52,17 +52,11 @@ class Teacher:
                 condition.null(self.null_text) if source.guidance_scale != 1.0 else None,
                 Draws(seed_of(source.seed, "generate"), positions, device),
                 steps=source.steps,
+                shape=self.encoders.latent_shape(source.shape),
                 sampler="euler",
                 guidance_scale=source.guidance_scale,
                 scheduler=self.encoders.pipeline.scheduler,
             ).float()
-
-
-def condition_of(encoded: dict[str, Tensor], encoders: Encoders) -> Condition:
-    """The condition from what a cache holds of each clip: ``latent``, ``image`` and ``text``."""
-    latent = encoded["latent"]
-    mask = first_frame_mask(*latent.shape[2:], stride=encoders.vae.config.scale_factor_temporal).to(latent)
-    return Condition(encoded["text"], encoded["image"], latent, mask.expand(len(latent), -1, -1, -1, -1))
 
 
 def teacher_fingerprint(encoders: Encoders) -> dict[str, Any]:

@@ -7,7 +7,9 @@ Mistakes of the list itself (no JSON, no such column, a path that leaves the fol
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,7 @@ from vpae.data.videos import Readable
 from vpae.errors import UserError
 
 CAPTIONS, CAPTIONS_CSV = "captions.jsonl", "captions.csv"
+_LINE_END = re.compile(r"\r\n?|\n")  # str.splitlines() knows seven more, which captions may hold
 SUFFIXES = tuple(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv".split())
 
 
@@ -45,7 +48,7 @@ class Listing:
     """All clips that a path names, in order.
 
     Attributes:
-        kind: folder, jsonl, csv or dataset.
+        kind: folder, jsonl, csv, txt or dataset.
         clips: every one, the bad ones too.
         files: what has to be unchanged for the clips to be the same, besides the clips' own files.
     """
@@ -58,7 +61,7 @@ class Listing:
     @property
     def folder(self) -> Path:
         """To which the clips' paths are relative."""
-        return self.path.parent if self.kind in ("jsonl", "csv") else self.path
+        return self.path.parent if self.kind in ("jsonl", "csv", "txt") else self.path
 
 
 def list_clips(
@@ -106,25 +109,54 @@ def list_clips(
     return replace(listing, clips=list(_only_once(listing.clips)))
 
 
+def list_prompts(path: Path) -> Listing:
+    """The captions of a ``.txt`` with one a line, a ``.jsonl`` of objects or a ``.csv`` with the column ``caption``.
+
+    Raises:
+        UserError: it cannot be read, holds none, or is a list with a mistake (its line is named).
+    """
+    text, suffix = _text_of(path), path.suffix.lower()
+    if suffix == ".txt":
+        lines = ((number, {"caption": line}) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip())
+    else:
+        lines = (_csv_rows if suffix == ".csv" else _json_rows)(path, text, ("caption",))
+    clips = []
+    for number, entry in lines:
+        caption, where = entry.get("caption"), f"{path}, line {number}"
+        caption = caption.strip() if isinstance(caption, str) else ""
+        fault = "" if caption else f"{where}: no caption; give 'caption' a text"
+        if caption and not _is_unicode(caption):
+            fault = f"{where}: the caption is not valid Unicode; write it anew"
+        clips.append(Named(f"{len(clips):06d}", caption, fault=fault))
+    if not clips:
+        raise UserError(f"{path}: names no clip; give it one line a clip")
+    return Listing({".csv": "csv", ".txt": "txt"}.get(suffix, "jsonl"), path, clips)
+
+
 def _only_once(clips: list[Named]) -> Iterator[Named]:
     first: dict[str, str] = {}
     for clip in clips:
         if clip.name in first and not clip.fault:
             clip = replace(clip, fault=f"{clip.name} is named twice; name each clip once")
+        if not clip.fault.isprintable():  # names may hold line ends
+            clip = replace(clip, fault="".join(c if c.isprintable() else repr(c)[1:-1] for c in clip.fault))
         first.setdefault(clip.name, clip.name)
         yield clip
 
 
-def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
-    csv_file = path.suffix.lower() == ".csv"
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # line ends as they are: a CSV's caption may hold some
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a JSONL or CSV file, or a folder of videos"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; name the list of captions, saved as UTF-8") from error
+
+
+def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
+    csv_file, text = path.suffix.lower() == ".csv", _text_of(path)
     clips: dict[str, int] = {}
     named = []
     for number, entry in (_csv_rows if csv_file else _json_rows)(path, text, columns):
@@ -143,33 +175,34 @@ def _list(path: Path, columns: tuple[str, str], repeats: bool) -> Listing:
     return Listing("csv" if csv_file else "jsonl", path, named)
 
 
-def _json_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+def _json_rows(path: Path, text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_LINE_END.split(text), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            at = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            )
+        except (ValueError, RecursionError) as error:
+            at = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+            if isinstance(error, json.JSONDecodeError):
+                at = f"{error.msg} at column {error.colno}"
             raise UserError(f"{where}: not JSON ({at}); write one object a line") from error
         if not isinstance(entry, dict):
-            raise UserError(f'{where}: not an object; write {{"{columns[0]}": ..., "{columns[1]}": ...}}')
+            keys = ", ".join(f'"{column}": ...' for column in columns)
+            raise UserError(f"{where}: not an object; write {{{keys}}}")
         yield number, entry
 
 
-def _csv_rows(path: Path, text: str, columns: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+def _csv_rows(path: Path, text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = reader.fieldnames or []
         missing = [c for c in columns if c not in header]
         if missing:
-            known = ", ".join(header) or "none"
+            known = ", ".join(name if name.isprintable() else repr(name) for name in header) or "none"
+            other = ", or say columns: [FILE, CAPTION] with its own names" if len(columns) > 1 else ""
             raise UserError(
-                f"{path}: its first line names no column {' or '.join(missing)} (it has {known}); "
-                "mend it, or say columns: [FILE, CAPTION] with its own names"
+                f"{path}: its first line names no column {' or '.join(missing)} (it has {known}); mend it{other}"
             )
         for entry in reader:
             yield reader.line_num, entry
@@ -203,6 +236,8 @@ def _check_inside(folder: Path, file: str, where: str) -> None:
 def _named(folder: Path, file: str, caption: Any, column: str, where: str) -> Named:
     _check_inside(folder, file, where)
     relative, path = PurePosixPath(file), folder / file
+    if not relative.name:
+        raise UserError(f"{where}: {file!r} names no file; mend the name")
     name, text = str(relative.with_suffix("")), caption.strip() if isinstance(caption, str) else ""
     fault = ""
     if not text:
@@ -238,6 +273,8 @@ def _folder(folder: Path) -> Listing:
             )
         except UnicodeDecodeError:
             caption, fault = "", f"{beside}: is not UTF-8 text; save it as UTF-8"
+        except OSError as error:
+            caption, fault = "", f"{beside}: cannot be read ({error.strerror}); write the clip's caption into it"
         if fault:
             clips.append(Named(str(PurePosixPath(file).with_suffix("")), "", video, fault=fault))
         else:

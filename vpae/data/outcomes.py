@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,25 @@ class Outcome:
         """For a line of the report."""
         how = {"why": self.left_out} if self.left_out else {"how": self.note} if self.note else {}
         return {"clip": self.name, "outcome": self.kind, **how}
+
+
+def parsed(text: str) -> list[dict[str, str]]:
+    """The plain outcomes in a shard's header.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    try:
+        outcomes = json.loads(text)
+    except (TypeError, RecursionError):
+        raise ValueError("no outcomes of clips") from None
+    known = {"name", "caption", "note", "left_out"}
+    if not isinstance(outcomes, list) or not all(
+        isinstance(o, dict) and "name" in o and o.keys() <= known and all(isinstance(v, str) for v in o.values())
+        for o in outcomes
+    ):
+        raise ValueError("no outcomes of clips")
+    return outcomes
 
 
 def tally(outcomes: Sequence[Outcome]) -> dict[str, int]:

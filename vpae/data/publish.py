@@ -15,7 +15,8 @@ import pymunk
 from vpae.data import bounce
 from vpae.data.bounce import Clip, World, make_clip
 from vpae.data.counterfactual import make_pair
-from vpae.data.shards import FIELDS, MANIFEST
+from vpae.data.manifest import fault
+from vpae.data.shards import FIELDS, MANIFEST, kind_of
 from vpae.data.sources import CAPTIONS, BounceSource
 from vpae.data.videos import write_video
 from vpae.errors import UserError
@@ -149,8 +150,9 @@ def cache_dataset(folder: str | Path) -> datasets.Dataset:
     rows are asked for. Checksums are not compared; ``vpae cache RECIPE --check`` does that.
 
     Returns:
-        A dataset with ``name``, ``caption``, and as fp32 tensors ``x0`` and ``latent`` ``[16, T, h, w]``, ``image``
-        ``[N, D]`` (CLIP tokens), ``text`` ``[L, D]`` (umT5 tokens, without padding).
+        A dataset with ``name``, ``caption``, and as fp32 tensors ``x0`` ``[C, T, h, w]``, ``text`` ``[L, D]`` (umT5
+        tokens, without padding) and, where the cache's model is told of them, ``latent`` (the encoded first frame) and
+        ``image`` ``[N, D]`` (CLIP tokens).
 
     Raises:
         UserError: there is no finished cache.
@@ -160,6 +162,9 @@ def cache_dataset(folder: str | Path) -> datasets.Dataset:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if wrong := fault(manifest):
+            raise ValueError(f"{MANIFEST} is damaged: {wrong}")
+        fields = FIELDS[kind_of(manifest)]
         places = [(Path(s["file"]).name, row) for s in manifest["shards"] for row in range(s["clips"])]
         columns = {
             "name": manifest["names"],
@@ -168,16 +173,16 @@ def cache_dataset(folder: str | Path) -> datasets.Dataset:
             "row": [row for _, row in places],
         }
         rows = datasets.Dataset.from_dict(columns)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} holds no finished cache ({error}); build it with: vpae cache RECIPE") from error
 
     def with_tensors(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         from safetensors import safe_open  # here: datasets pickles this function, and cannot pickle that class
 
-        read: dict[str, list[Any]] = {name: [] for name in FIELDS}
+        read: dict[str, list[Any]] = {name: [] for name in fields}
         for file, row in zip(batch["file"], batch["row"], strict=True):
             with safe_open(folder / file, framework="pt") as shard:
-                for name in FIELDS:
+                for name in fields:
                     read[name].append(shard.get_slice(name)[row])
         read["text"] = [text[text.abs().sum(-1) > 0] for text in read["text"]]
         return {"name": batch["name"], "caption": batch["caption"], **read}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -24,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vpae.conditioning import PATCH
+from vpae.conditioning import Kind, condition_of
 from vpae.data.encoders import Encoders
-from vpae.data.generate import Teacher, condition_of
-from vpae.data.outcomes import Outcome, summary, tally
-from vpae.data.pictures import PictureSource
+from vpae.data.generate import Teacher
+from vpae.data.outcomes import Outcome, parsed, summary, tally
+from vpae.data.pictures import TeacherSource
 from vpae.data.records import Record, Source, Unreachable
 from vpae.data.versions import versions
 from vpae.engine.parallel import Processes
@@ -36,12 +37,17 @@ from vpae.errors import UserError
 from vpae.files import sha256, write_json, write_text, writing
 from vpae.recipe import digest
 
-FIELDS = ("x0", "latent", "text", "image")
+FIELDS: dict[Kind, tuple[str, ...]] = {  # tensors of a clip
+    "i2v": ("x0", "latent", "text", "image"),
+    "t2v": ("x0", "text"),
+    "ti2v": ("x0", "latent", "text"),
+}
 MANIFEST, NULL_TEXT, PROBE, REPORT = "manifest.json", "null_text.safetensors", "probe.safetensors", "clips.jsonl"
 STAMP, STOP = "building.json", "stop"
 # all that a folder may hold while a cache is built in it
 OURS = re.compile(
-    r"lock|building\.json|stop|clips\.jsonl|(null_text|probe)\.safetensors|shard-\d{5,}\.(safetensors|partial)|\..*\.tmp"
+    r"lock|building\.json|stop|clips\.jsonl|(null_text|probe)\.safetensors|shard-\d{5,}\.(safetensors|partial)"
+    r"|\..*\.tmp|\.tmp\w{6}"  # the last: safetensors' own, which a kill leaves
 )
 _ENCODE_BATCH = 8
 _MOST_CLIPS, _MOST_BYTES, _FEWEST_SHARDS = 256, 32_000_000, 64
@@ -65,6 +71,10 @@ class Build:
     clips: int
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        return FIELDS[self.encoders.kind]
+
+    @property
     def shards(self) -> int:
         return -(-len(self.source) // self.clips)
 
@@ -82,10 +92,8 @@ def clips_per_shard(shape: tuple[int, int, int], clips: int, encoders: Encoders)
     (16.8 MB, minutes on a CPU); and so many shards that 64 ranks could share them, unless these would be smaller than
     the batches of 8 in which small clips are encoded. It depends on nothing that a run may change.
     """
-    frames, height, width = shape
-    config = encoders.vae.config
-    stride, edge = config.scale_factor_temporal, config.scale_factor_spatial
-    sample = 2 * 4 * config.z_dim * (1 + (frames - 1) // stride) * (height // edge) * (width // edge)
+    whole = 2 if encoders.kind == "i2v" else 1  # latents of the whole clip's size
+    sample = whole * 4 * math.prod(encoders.latent_shape(shape))
     fitting = max(1, min(_MOST_CLIPS, _MOST_BYTES // sample, max(_ENCODE_BATCH, clips // _FEWEST_SHARDS)))
     return 1 << (fitting.bit_length() - 1)
 
@@ -97,12 +105,25 @@ def check_shape(shape: tuple[int, int, int], encoders: Encoders) -> None:
         UserError: they are not.
     """
     frames, height, width = shape
-    stride, edge = encoders.vae.config.scale_factor_temporal, PATCH * encoders.vae.config.scale_factor_spatial
+    stride, edge = encoders.stride, encoders.edge
     if frames % stride != 1 or height % edge or width % edge or not min(height, width):
         raise UserError(
             f"data.source gives clips of {frames} frames of {height}x{width}; the model takes {stride}k + 1 frames "
             f"with edges that are multiples of {edge}"
         )
+
+
+def check_pictures(source: Source, encoders: Encoders) -> None:
+    """Clips that the teacher makes start from pictures where it is told of a first frame, and else from texts alone.
+
+    Raises:
+        UserError: the source gives the other.
+    """
+    if not isinstance(source, TeacherSource) or source.has_pictures == encoders.has_pictures:
+        return
+    if encoders.has_pictures:
+        raise UserError(f"data.source: {encoders.folder} makes clips from a first frame; use kind: generate")
+    raise UserError(f"data.source: {encoders.folder} makes clips from text alone; use kind: prompts")
 
 
 def build(job: Build, processes: Processes) -> None:
@@ -141,7 +162,7 @@ def _stamp(job: Build) -> list[int]:
             made_with = list(plain["made_with"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    for stale in [*job.folder.glob("*.partial"), *job.folder.glob(".*.tmp"), job.folder / STOP]:
+    for stale in [*job.folder.glob("*.partial"), *job.folder.glob(".*tmp*"), job.folder / STOP]:
         stale.unlink(missing_ok=True)
     if not made_with:
         for stale in job.folder.glob("shard-*"):
@@ -157,8 +178,9 @@ def _is_whole(file: Path) -> bool:
         return False
     try:
         with safe_open(file, framework="pt") as handle:
-            return "clips" in handle.metadata()
-    except (SafetensorError, OSError, TypeError):
+            parsed(handle.metadata()["clips"])
+            return True
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         file.unlink()
         return False
 
@@ -182,7 +204,7 @@ def _encode_shards(job: Build, todo: list[int], processes: Processes) -> None:
             bar.update(before + own + others - bar.n)
 
         try:
-            teacher = Teacher(job.source, job.encoders) if mine and isinstance(job.source, PictureSource) else None
+            teacher = Teacher(job.source, job.encoders) if mine and isinstance(job.source, TeacherSource) else None
             for shard in mine:
                 if (job.folder / STOP).exists():
                     return
@@ -219,7 +241,7 @@ def _write_shard(job: Build, shard: int, teacher: Teacher | None, went_on: Calla
 def _encode_shard(
     job: Build, positions: range, teacher: Teacher | None, went_on: Callable[[int], None]
 ) -> tuple[dict[str, Tensor], list[Outcome]]:
-    parts: dict[str, list[Tensor]] = {name: [] for name in FIELDS}
+    parts: dict[str, list[Tensor]] = {name: [] for name in job.fields}
     outcomes = []
     for start in range(positions.start, positions.stop, _ENCODE_BATCH):
         batch = range(start, min(start + _ENCODE_BATCH, positions.stop))
@@ -227,7 +249,7 @@ def _encode_shard(
         good = {position: record for position, record in read.items() if isinstance(record, Record)}
         encoded = _encode(job, good, teacher) if good else {}
         for row, (position, record) in enumerate(good.items()):
-            broken = [name for name in FIELDS if not encoded[name][row].isfinite().all()]
+            broken = [name for name in job.fields if not encoded[name][row].isfinite().all()]
             if broken:
                 why = UserError(f"clip {record.name}: its {broken[0]} holds NaN or infinity")
                 read[position] = _left_out(job.source, position, why)
@@ -266,14 +288,13 @@ def _left_out(source: Source, position: int, error: UserError) -> Outcome:
 def _encode(job: Build, good: dict[int, Record], teacher: Teacher | None) -> dict[str, Tensor]:
     """The fields of some clips, fp32 on the CPU, by name ``[B, ...]``."""
     encoders, records = job.encoders, list(good.values())
-    frames, first = [r.frames for r in records], [r.frames[0] for r in records]
-    encoded = {"latent": encoders.first_frame(first, job.source.shape[0]), "image": encoders.images(first)}
-    encoded["text"] = encoders.texts([r.caption for r in records])
+    first = [r.frames[0] for r in records] if encoders.has_pictures else []
+    encoded = encoders.parts(first, [r.caption for r in records], job.source.shape[0])
     if teacher is None:
-        encoded["x0"] = encoders.latents(frames)
+        encoded["x0"] = encoders.latents([r.frames for r in records])
     else:
-        encoded["x0"] = teacher(list(good), condition_of(encoded, encoders))
-    return {name: encoded[name].float().cpu() for name in FIELDS}
+        encoded["x0"] = teacher(list(good), condition_of(encoders.kind, encoded, encoders.stride))
+    return {name: encoded[name].float().cpu() for name in job.fields}
 
 
 def _describe(job: Build, shard: int) -> dict[str, Any]:
@@ -281,15 +302,20 @@ def _describe(job: Build, shard: int) -> dict[str, Any]:
     file = job.file(shard)
     try:
         with safe_open(file, framework="pt") as handle:
-            outcomes = json.loads(handle.metadata()["clips"])
+            outcomes = parsed(handle.metadata()["clips"])
             shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: was written and is not there ({error}); let all ranks see one folder") from None
     kept = sum(1 for o in outcomes if "left_out" not in o)
-    if len(outcomes) != len(job.positions(shard)) or any(shapes.get(n, [0])[0] != kept for n in FIELDS):
+    if len(outcomes) != len(job.positions(shard)) or any((shapes.get(n) or [0])[0] != kept for n in job.fields):
         raise UserError(f"{file}: does not hold what its header says; remove {job.folder} to build it anew")
     entry = {"file": file.name, "clips": kept, "bytes": file.stat().st_size, "sha256": sha256(file)}
     return {"entry": entry, "outcomes": outcomes, "shapes": shapes}
+
+
+def kind_of(manifest: dict[str, Any]) -> Kind:
+    """Of the models that a cache serves; caches of before there were others say nothing."""
+    return manifest["fingerprint"].get("conditioning", "i2v")
 
 
 def sign(manifest: dict[str, Any]) -> str:
@@ -321,7 +347,7 @@ def _finish(job: Build, parts: list[dict[str, Any]]) -> None:
         "clips": tally(outcomes),
         "latent_shape": shapes[0]["x0"][1:],
         "text_rows": max([null.shape[1], *(s["text"][1] for s in shapes)]),
-        "temporal_stride": job.encoders.vae.config.scale_factor_temporal,
+        "temporal_stride": job.encoders.stride,
         "shards": [part["entry"] for part in parts],
         "names": [o.name for o in kept],
         "captions": [o.caption for o in kept],

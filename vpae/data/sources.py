@@ -1,4 +1,4 @@
-"""Where clips come from: Bounce itself, video files with a caption each, or pictures for the teacher to move.
+"""Where clips come from: Bounce itself, video files with a caption each, or pictures and prompts for the teacher.
 
 A source is a sequence of :class:`Record` and has a fingerprint, so that whatever was made from it (a cache, a
 checkpoint) can tell whether it still is the same data.
@@ -15,12 +15,23 @@ from typing import Any, Literal
 
 from vpae.data.bounce import SPLITS, Clip, World, make_clip
 from vpae.data.listing import CAPTIONS, list_clips
-from vpae.data.pictures import PRECISIONS, PictureSource
+from vpae.data.pictures import PRECISIONS, PictureSource, PromptSource
 from vpae.data.records import BAD, CROP, RATE, Record, Source, answered, ends, first_fault
 from vpae.data.videos import OTHER_FPS, OTHER_SIZE, SHORT, read_video_noted
 from vpae.errors import UserError
+from vpae.files import is_path
+from vpae.strict import shown
 
-__all__ = ["CAPTIONS", "BounceSource", "PictureSource", "Record", "Source", "VideoFolderSource", "open_source"]
+__all__ = [
+    "CAPTIONS",
+    "BounceSource",
+    "PictureSource",
+    "PromptSource",
+    "Record",
+    "Source",
+    "VideoFolderSource",
+    "open_source",
+]
 
 
 class BounceSource:
@@ -154,22 +165,26 @@ class VideoFolderSource:
 
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 31
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _rate(value: Any) -> bool:
     return _number(value) and 0 < value <= 1000
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
 _Check = tuple[Callable[[Any], bool], str]
-_PATH: _Check = (lambda v: isinstance(v, str | Path) and bool(str(v)), "a path")
+_PATH: _Check = (lambda v: isinstance(v, str | Path) and is_path(str(v)), "a path")
 _TEXT: _Check = (lambda v: isinstance(v, str), "text")
 _COLUMNS: _Check = (
-    lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(isinstance(c, str) and c for c in v),
+    lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(_is_name(c) for c in v),
     "two names: [FILE, CAPTION]",
 )
 _SIZE: _Check = (
@@ -216,6 +231,18 @@ _KEYS: dict[str, dict[str, tuple[bool, _Check]]] = {  # of each kind: the keys, 
         "bad": (False, _one_of(BAD)),
         "columns": (False, _COLUMNS),
     },
+    "prompts": {
+        "path": (True, _PATH),
+        "size": (True, _SIZE),
+        "num_frames": (True, _FRAMES),
+        "steps": (True, _FRAMES),
+        "guidance_scale": (True, (lambda v: _number(v) and v >= 0, "a number from 0")),
+        "negative_prompt": (True, _TEXT),
+        "seed": (True, (lambda v: _whole(v, 0), "a whole number from 0")),
+        "precision": (False, _one_of(PRECISIONS)),
+        "attention": (False, _TEXT),
+        "bad": (False, _one_of(BAD)),
+    },
 }
 
 
@@ -224,8 +251,8 @@ def open_source(spec: dict[str, Any]) -> Source:
 
     ``kind: bounce``: ``split``, ``count``, ``start``, and in ``world`` the constants of
     :class:`~vpae.data.bounce.World` that differ from its own. ``kind: videos``: the arguments of
-    :class:`VideoFolderSource`. ``kind: generate``: those of :class:`~vpae.data.pictures.PictureSource`. ``size`` is
-    ``[height, width]``, px.
+    :class:`VideoFolderSource`. ``kind: generate``: those of :class:`~vpae.data.pictures.PictureSource`; ``kind:
+    prompts``: of :class:`~vpae.data.pictures.PromptSource`. ``size`` is ``[height, width]``, px.
 
     Raises:
         UserError: an unknown kind, a key unknown, missing or of the wrong type, or what the source itself finds.
@@ -233,26 +260,26 @@ def open_source(spec: dict[str, Any]) -> Source:
     values = dict(spec)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise UserError(f"data source: kind is {kind!r}; write one of {', '.join(_KEYS)}")
+        raise UserError(f"data source: kind is {shown(kind)}; write one of {', '.join(_KEYS)}")
     where, keys = f"data source of kind {kind}", _KEYS[kind]
     for key in values:
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, 1) or list(keys)
-            raise UserError(f"{where}: unknown key {key!r}; did you mean {' or '.join(near)}?")
+            near = difflib.get_close_matches(shown(key).strip("'"), keys, 1) or list(keys)
+            raise UserError(f"{where}: unknown key {shown(key)}; did you mean {' or '.join(near)}?")
     for key, (needed, _) in keys.items():
         if needed and key not in values:
             raise UserError(f"{where}: {key} is missing; give it")
     for key, value in values.items():
         good, wanted = keys[key][1]
         if not good(value):
-            raise UserError(f"{where}: {key} is {value!r}; it has to be {wanted}")
+            raise UserError(f"{where}: {key} is {shown(value)}; it has to be {wanted}")
     for key in ("size", "columns"):
         if key in values:
             values[key] = tuple(values[key])
     if kind == "videos":
         return VideoFolderSource(**values)
-    if kind == "generate":
-        return PictureSource(**values)
+    if kind in ("generate", "prompts"):
+        return (PictureSource if kind == "generate" else PromptSource)(**values)
     try:
         world = World.from_dict(values.pop("world", {}))
     except (ValueError, TypeError) as error:

@@ -67,8 +67,12 @@ class Table:
         row = row if self._order is None else self._order[row]
         part = max(p for p, start in enumerate(self._starts[:-1]) if start <= row)
         column = self._parts[part]
-        column = column.load() if isinstance(column, _Lazy) else column
-        value = column[row - self._starts[part]].as_py()
+        try:
+            column = column.load() if isinstance(column, _Lazy) else column
+            value = column[row - self._starts[part]].as_py()
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{name}: cannot be read from its table ({reason})") from error
         return VideoBytes(name, value["bytes"] if isinstance(value, dict) else value)
 
 
@@ -90,6 +94,7 @@ class _Lazy:
         """As :func:`_summary`, from the file's own counts where they tell, so that no video is read for it."""
         file = pq.ParquetFile(self.file)
         group, kind = file.metadata.row_group(self.group), file.schema_arrow.field(self.column).type
+        _check_kind(kind)
         leaves = {group.column(i).path_in_schema: group.column(i).statistics for i in range(group.num_columns)}
         missing = leaves.get(f"{self.column}.bytes" if pa.types.is_struct(kind) else self.column)
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -106,6 +111,7 @@ class _Lazy:
 def _summary(column: pa.ChunkedArray) -> tuple[list[str | None], list[bool]]:
     """Paths, and which rows hold bytes, of a column of structs (bytes, path), of texts or of bytes."""
     kind = column.type
+    _check_kind(kind)
     if pa.types.is_struct(kind):
         names = [kind.field(i).name for i in range(kind.num_fields)]
         held = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist() if "bytes" in names else [False] * len(column)
@@ -113,9 +119,26 @@ def _summary(column: pa.ChunkedArray) -> tuple[list[str | None], list[bool]]:
         return paths, held
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return column.to_pylist(), [False] * len(column)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return [None] * len(column), pc.is_valid(column).to_pylist()
-    raise ValueError(f"a column of {kind}")
+    return [None] * len(column), pc.is_valid(column).to_pylist()
+
+
+def _check_kind(kind: pa.DataType) -> None:
+    """A column of videos holds structs of bytes and path, paths, or bytes."""
+
+    def text(of: pa.DataType) -> bool:
+        return pa.types.is_string(of) or pa.types.is_large_string(of)
+
+    def data(of: pa.DataType) -> bool:
+        return pa.types.is_binary(of) or pa.types.is_large_binary(of)
+
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        good = data(fields.get("bytes", pa.binary())) and text(fields.get("path", pa.string()))
+        good = good and ("bytes" in fields or "path" in fields)
+    else:
+        good = text(kind) or data(kind)
+    if not good:
+        raise ValueError(f"a column of {kind}")
 
 
 def open_table(folder: Path, columns: tuple[str, str], split: str | None) -> Table:
@@ -140,10 +163,11 @@ def open_table(folder: Path, columns: tuple[str, str], split: str | None) -> Tab
 
 
 def _columns(folder: Path, names: list[str], columns: tuple[str, str]) -> None:
+    known = ", ".join(name if name.isprintable() else repr(name) for name in names)
     for column in columns:
         if column not in names:
             raise UserError(
-                f"{folder}: the dataset has no column {column} (it has {', '.join(names)}); "
+                f"{folder}: the dataset has no column {column} (it has {known}); "
                 "say columns: [VIDEO, CAPTION] with its own names"
             )
 

@@ -107,14 +107,15 @@ def build_image_encoder() -> tuple[CLIPVisionModel, CLIPImageProcessor]:
     return encoder, CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
 
 
-def write_encoders(folder: Path, shift: float) -> None:
-    """Write tokenizer/, text_encoder/, image_encoder/, image_processor/ and scheduler/ under ``folder``."""
+def write_encoders(folder: Path, shift: float, *, images: bool = True) -> None:
+    """Write tokenizer/, text_encoder/, scheduler/ and, where ``images``, image_encoder/ and image_processor/."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer = build_tokenizer()
         tokenizer.save_pretrained(folder / "tokenizer")
         build_text_encoder(len(tokenizer)).save_pretrained(folder / "text_encoder")
-        encoder, processor = build_image_encoder()
-        encoder.save_pretrained(folder / "image_encoder")
-        processor.save_pretrained(folder / "image_processor")
+        if images:
+            encoder, processor = build_image_encoder()
+            encoder.save_pretrained(folder / "image_encoder")
+            processor.save_pretrained(folder / "image_processor")
         FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(folder / "scheduler")

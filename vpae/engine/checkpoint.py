@@ -1,29 +1,35 @@
 """Checkpoints: torch.distributed.checkpoint into safetensors, whole or not at all.
 
 A checkpoint is a folder ``step-00000120`` that holds safetensors files of every rank (each writes its own shards; any
-number of ranks reads them back) and ``state.json``: turn, players' steps, recipe, fingerprints, files and sizes. It is
-written under another name and renamed when all of it is on disk, so a folder of that name is complete. No pickle is
-written or read.
+number of ranks reads them back) and ``state.json``: turn, players' steps, recipe, fingerprints, files with their sizes
+and checksums (:mod:`vpae.engine.integrity`). It is written under another name and renamed when all of it is on disk, so
+a folder of that name is complete. No pickle is written or read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from vpae.engine import signals
+from vpae.engine import integrity, signals
 from vpae.engine.parallel import Processes, local
 from vpae.errors import UserError
 
 _PREFIX, _PARTIAL, _STATE = "step-", ".partial", "state.json"
+_NAME = re.compile(_PREFIX + r"(\d{8,})")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,23 @@ class Checkpoint:
 
     @property
     def turn(self) -> int:
-        return int(self.state["turn"])
+        return self.state["turn"]
+
+    def part(self, name: str, kind: type[T] | tuple[type, ...]) -> T:
+        """An entry of the state.
+
+        Raises:
+            UserError: it is not there, or something else.
+        """
+        value = self.state.get(name)
+        if not isinstance(value, kind):
+            raise damaged(self.folder, f"{_STATE} says nothing usable of {name}")
+        return value
+
+
+def damaged(folder: Path, what: str) -> UserError:
+    """The error that names what is wrong with a checkpoint."""
+    return UserError(f"checkpoint {folder} is damaged ({what}); remove {folder} to go on from the one before it")
 
 
 def folder_of(root: Path, turn: int) -> Path:
@@ -61,26 +83,42 @@ def save(
         except OSError as error:
             failure = _reason(error)
     _all_written(final, failure, processes)
+    sums: dict[str, int] = {}
     try:
         writer = HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, process_group=processes.group, no_dist=processes.size == 1)
-        processes.barrier()
-        if processes.is_main:
-            files = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
-            _write(
-                partial / _STATE, json.dumps(state | {"turn": turn, "files": files, "tensors": len(tensors)}, indent=1)
-            )
-            for file in (*partial.iterdir(), partial):
-                _sync(file)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            _sync(root)
+        # DCP names a rank's files so; on a cluster only this rank's node is sure to have their bytes at hand
+        mine = sorted(partial.glob(f"shard-{processes.rank + 1:05d}-*"))
+        for file in mine:
+            _sync(file)
+        sums = integrity.checksums(mine)
     except (OSError, dcp.CheckpointException) as error:
         failure = _reason(error)
+    _all_written(final, failure, processes, partial)
+    of_all = {name: value for part in processes.gather(sums) for name, value in part.items()}
+    if processes.is_main:
+        try:
+            _complete(partial, final, state | {"turn": turn, "tensors": len(tensors)}, of_all)
+        except OSError as error:
+            failure = _reason(error)
     _all_written(final, failure, processes, partial)
     if processes.is_main:
         _prune(root, keep)
     return final
+
+
+def _complete(partial: Path, final: Path, state: dict[str, Any], sums: dict[str, int]) -> None:
+    """Write the state beside the files and, with all of it on disk, give the folder its name."""
+    files = sorted(partial.iterdir())
+    sums = {f.name: sums[f.name] if f.name in sums else integrity.checksum(f) for f in files}
+    state = integrity.sealed(state | {"files": {f.name: f.stat().st_size for f in files}}, sums)
+    _write(partial / _STATE, json.dumps(state, indent=1))
+    for file in (*partial.iterdir(), partial):
+        _sync(file)
+    if final.exists():
+        _drop(final)
+    os.replace(partial, final)
+    _sync(final.parent)
 
 
 _FILE = 1 << 31  # bytes that a rank puts into one file: torch holds a file's bytes up to three times while it writes it
@@ -128,10 +166,25 @@ def _sync(path: Path) -> None:
 
 
 def _prune(root: Path, keep: int) -> None:
-    for old in sorted(p for p in root.glob(f"{_PREFIX}*") if not p.name.endswith(_PARTIAL))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in _folders(root)[:-keep]:
+        _drop(old)
     for stale in root.glob(f"{_PREFIX}*{_PARTIAL}"):
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _drop(folder: Path) -> None:
+    """Remove a checkpoint by way of another name: a kill on the way leaves no half of it under its own."""
+    aside = folder.with_name(f"{folder.name}.old{_PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoints by their turns; what is half written has another name."""
+    named = [(int(found[1]), path) for path in Path(root).glob(f"{_PREFIX}*") if (found := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named)]
 
 
 def find(root: Path) -> Checkpoint | None:
@@ -140,7 +193,7 @@ def find(root: Path) -> Checkpoint | None:
     Raises:
         UserError: the newest one was damaged after it was written.
     """
-    folders = sorted(p for p in Path(root).glob(f"{_PREFIX}*") if not p.name.endswith(_PARTIAL))
+    folders = _folders(root)
     return read(folders[-1]) if folders else None
 
 
@@ -162,22 +215,27 @@ def _seen(folder: Path) -> None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Open a checkpoint and check that its files are the ones that were written.
+    """Open a checkpoint and check that its files are there, of the sizes that were written; :func:`load` looks inside.
 
     Raises:
-        UserError: a file is missing, cut or unreadable.
+        UserError: a file is missing, cut, one too many or unreadable.
     """
-    mend = f"remove {folder} to go on from the one before it"
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        files = dict(state["files"])
-        int(state["turn"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"checkpoint {folder} is damaged ({_STATE} is missing or unreadable); {mend}") from None
+        files, turn = state["files"], state["turn"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise damaged(folder, f"{_STATE} is missing or unreadable") from None
+    plain = isinstance(files, dict) and all(Path(name).name == name for name in files)
+    if not plain or not isinstance(turn, int) or not integrity.is_sealed(state):
+        raise damaged(folder, f"{_STATE} is not as it was written")
+    if not (named := _NAME.fullmatch(folder.name)) or int(named[1]) != turn:
+        raise damaged(folder, f"{_STATE} is that of turn {turn}")
     for name, size in files.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"checkpoint {folder} is damaged ({name} is missing or cut); {mend}")
+            raise damaged(folder, f"{name} is missing or cut")
+    if more := sorted(f.name for f in folder.glob("*.safetensors") if f.name not in files):
+        raise damaged(folder, f"{more[0]} is none of its files")  # DCP would read it as well
     return Checkpoint(Path(folder), state)
 
 
@@ -188,9 +246,10 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processe
         everything: refuse a checkpoint that holds tensors besides these.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or one too many.
+        UserError: a file was changed after it was written, or a tensor is missing, of another shape, or one too many.
     """
-    stored = stored_shapes(checkpoint.folder)
+    processes.together(lambda: _check_sums(checkpoint, processes))
+    stored = _stored(checkpoint.folder)
     if everything and (more := sorted(set(stored) - set(tensors))):
         raise UserError(
             f"checkpoint {checkpoint.folder} holds {more[0]!r}, which this run has not: it belongs to another recipe"
@@ -209,9 +268,30 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Tensor], processes: Processe
         raise UserError(f"checkpoint {checkpoint.folder} cannot be read: {_first(error)}") from error
 
 
+def _check_sums(checkpoint: Checkpoint, processes: Processes) -> None:
+    """Read every file and compare its checksum, each rank a part of them."""
+    part = slice(processes.rank, None, processes.size)
+    for name in integrity.differing(checkpoint.folder, checkpoint.state, part):
+        raise damaged(checkpoint.folder, f"{name} is not as it was written: its checksum differs")
+
+
+def _stored(folder: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        return stored_shapes(folder)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise damaged(folder, f"its tensors cannot be read: {str(error).strip() or type(error).__name__}") from None
+
+
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a folder's safetensors files (their headers alone are read)."""
+    """Name and shape of every tensor in a folder's safetensors files (their headers alone are read).
+
+    Raises:
+        ValueError: of a sharded tensor a part is missing, or there twice.
+    """
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for name, tensor in found.items():
+        if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
+            raise ValueError(f"the files in {folder} do not hold {name!r} once and whole")
     return {name: tuple(tensor.size) for name, tensor in found.items()}
 
 

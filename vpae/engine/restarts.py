@@ -70,7 +70,7 @@ def saved() -> bool:
 
 def note_mistake(words: str) -> None:
     """The user must mend something before any attempt can get further."""
-    if not _noted(_MISTAKE):
+    if words or not _noted(_MISTAKE):
         _note(_MISTAKE, words)
 
 

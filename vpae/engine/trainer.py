@@ -151,7 +151,7 @@ class Trainer:
         found = checkpoints.find_agreed(self.checkpoint_root, self.processes)
         if found is None:
             return False
-        difference = first_difference(stored_identity(found.state), self.run.identity)
+        difference = first_difference(stored_identity(found.part("identity", dict)), self.run.identity)
         if difference:
             raise UserError(
                 f"checkpoint {found.folder} is of another run ({difference}); use the recipe it was made with, "
@@ -159,19 +159,27 @@ class Trainer:
             )
         reshard(self.run.modules)
         checkpoints.load(found, self.tensors(), self.processes, everything=True)
-        self.turn, self.steps = found.turn, dict(found.state["steps"])
-        self.seconds = float(found.state["seconds"])
-        for name, player in self.method.players.items():
-            late = found.state["late_parameters"][name]
+        try:
+            self._take_up(found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise checkpoints.damaged(found.folder, f"its state does not say how to go on: {error!r}") from None
+        return True
+
+    def _take_up(self, found: checkpoints.Checkpoint) -> None:
+        """Go on where a checkpoint's state says; its tensors are in place."""
+        state, names = found.state, self.method.players
+        self.turn, self.steps = found.turn, {name: int(state["steps"][name]) for name in names}
+        self.seconds = float(state["seconds"])
+        for name, player in names.items():
+            late = state["late_parameters"][name]
             for key, parameter in player.parameters.items():
                 self.optimisers[name].state[parameter]["step"].fill_(late.get(key, self.steps[name]))
         device = self.processes.device
-        self.gathered = {name: _Gathered.of(state, device) for name, state in found.state["gathered"].items()}
+        self.gathered = {name: _Gathered.of(means, device) for name, means in state["gathered"].items()}
         if self.run.watch is not None:
-            self.run.watch.broken = dict(found.state["watch"])
+            self.run.watch.broken = dict(state["watch"])
         if self.processes.is_main:
             print(f"{self.method.name}: goes on from turn {self.turn} of {self.method.turns}", flush=True)
-        return True
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, or begin to, where the recipe has it written beside training."""

@@ -34,6 +34,8 @@ def stillness_distance(latents: Tensor) -> Tensor:
 def vital_signs(student: Tensor, real: Tensor) -> dict[str, Tensor]:
     """How alive a batch of student latents ``[B, C, T, h, w]`` is beside the real one.
 
+    None of it looks at a first frame that was given, so that all of it holds for text-to-video too.
+
     Returns:
         ``motion_ratio``: motion energy over the real clips' (1 is right, 0 is a still);
         ``frame0_likeness``: 1 minus the distance to the first moving frame over the real clips' (0 is right, 1 a copy);

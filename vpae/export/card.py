@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from vpae import __version__
 from vpae import recipe as recipes
+from vpae.data.encoders import pipeline_kind
 from vpae.loading import Model
 from vpae.recipe import Distillation, Peer
 
 _CARD = """---
 library_name: diffusers
-pipeline_tag: image-to-video
+pipeline_tag: {task}
 tags: [one-step, distillation, {tag}, wan]
 ---
 
-# One-step image-to-video student
+# One-step {task} student
 
 Distilled with vpae {version} by {method} from the teacher `{teacher}`, whose licence holds for it too.
 
@@ -25,13 +26,12 @@ Distilled with vpae {version} by {method} from the teacher `{teacher}`, whose li
 
 ```python
 import torch
-from diffusers import WanImageToVideoPipeline
-from diffusers.utils import export_to_video, load_image
+from diffusers import {pipeline}
+from diffusers.utils import {tools}
 
-pipe = WanImageToVideoPipeline.from_pretrained("THIS_FOLDER", torch_dtype=torch.float32)
+pipe = {pipeline}.from_pretrained("THIS_FOLDER", torch_dtype=torch.float32)
 frames = pipe(
-    image=load_image("first_frame.png"),
-    prompt="{prompt}",
+    {image}prompt="{prompt}",
     height={height}, width={width}, num_frames={frames},
     num_inference_steps=1, guidance_scale=1.0,
 ).frames[0]
@@ -74,18 +74,23 @@ def _method(recipe: recipes.Recipe | None) -> tuple[str, str]:
 def model_card(model: Model, measured: str | None) -> str:
     """Markdown: what it is, how to call it, and how good it is (``measured``, Markdown too)."""
     num_frames, height, width = model.shape
-    recipe, bounce = model.recipe, model.is_bounce
+    recipe, bounce, pictures = model.recipe, model.is_bounce, pipeline_kind(model.pipeline) != "t2v"
+    prompt = "A red ball moves right fast. No gravity." if bounce else "What the clip shows."
     tag, method = _method(recipe)
     return _CARD.format(
         tag=tag,
         method=method,
+        task="image-to-video" if pictures else "text-to-video",
+        pipeline="WanImageToVideoPipeline" if pictures else "WanPipeline",
+        tools="export_to_video, load_image" if pictures else "export_to_video",
+        image='image=load_image("first_frame.png"),\n    ' if pictures else "",
         source=model.source,
         teacher=recipe.teacher.path if isinstance(recipe, Distillation) else model.pipeline,
         version=__version__,
         digest="unknown" if recipe is None else recipes.digest(recipe),
-        prompt="A red ball moves right fast. No gravity." if bounce else "What happens after the first frame.",
+        prompt="What happens after the first frame." if pictures and not bounce else prompt,
         height=height,
         width=width,
         frames=num_frames,
-        measured=measured or _NOT_MEASURED,
+        measured=measured or (_NOT_MEASURED if pictures else "Not yet."),
     )

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from vpae import recipe as recipes
-from vpae.data.encoders import PARTS
+from vpae.data.encoders import PARTS, pipeline_kind
 from vpae.errors import UserError
 from vpae.export.card import model_card
 from vpae.export.folder import write_transformer
@@ -16,8 +16,6 @@ from vpae.export.proof import Examination, Proof, check_student, proof_record
 from vpae.files import write_json, write_text, writing
 from vpae.loading import Model
 from vpae.sampling import euler_scheduler
-
-_COPIED = tuple(part for part in PARTS if part != "scheduler")
 
 
 def export_student(model: Model, target: Path, measured: str | None = None, dtype: str = "fp32") -> Proof:
@@ -56,8 +54,9 @@ def _write(model: Model, folder: Path, measured: str | None, dtype: str) -> Proo
     kept, expected = examination.kept(dtype)
     write_transformer(model.role.backbone.transformer.config, kept, folder)
     with writing(folder):
-        for part in _COPIED:
-            shutil.copytree(model.pipeline / part, folder / part)
+        for part in PARTS[pipeline_kind(model.pipeline)]:
+            if part != "scheduler":
+                shutil.copytree(model.pipeline / part, folder / part)
         euler_scheduler(examination.encoders.pipeline.scheduler).save_pretrained(folder / "scheduler")
     index = json.loads((model.pipeline / "model_index.json").read_text(encoding="utf-8"))
     write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]})

@@ -13,15 +13,12 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from vpae.conditioning import Kind
 from vpae.files import share, writing
 
-MODEL_INDEX: dict[str, Any] = {
-    "_class_name": "WanImageToVideoPipeline",
+_INDEX: dict[str, Any] = {
     "_diffusers_version": diffusers.__version__,
     "boundary_ratio": None,
-    "expand_timesteps": False,
-    "image_encoder": ["transformers", "CLIPVisionModel"],
-    "image_processor": ["transformers", "CLIPImageProcessor"],
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -29,6 +26,17 @@ MODEL_INDEX: dict[str, Any] = {
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
+
+
+def model_index(kind: Kind) -> dict[str, Any]:
+    """The model_index.json of a pipeline of tiny parts."""
+    index = _INDEX | {"expand_timesteps": kind == "ti2v"}
+    index["_class_name"] = "WanPipeline" if kind == "t2v" else "WanImageToVideoPipeline"
+    if kind != "t2v":
+        clip = kind == "i2v"
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"] if clip else [None, None]
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"] if clip else [None, None]
+    return dict(sorted(index.items()))
 
 
 def transformer_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> WanTransformer3DModel:

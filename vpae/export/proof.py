@@ -73,10 +73,12 @@ class Proof:
     Attributes:
         readings: by reader.
         rms: root mean square of the student's latents, for scale.
+        called: the pipeline's call, as far as it is the model's.
     """
 
     readings: list[Reading]
     rms: float
+    called: str
 
     @property
     def max_error(self) -> float:
@@ -86,8 +88,8 @@ class Proof:
     def plain(self) -> dict[str, Any]:
         """As proof files hold it."""
         return {
-            "what": "WanImageToVideoPipeline(image, prompt, num_inference_steps=1, guidance_scale=1.0) in a fresh "
-            "process against the student's own sampler on the same noise, normalised latents",
+            "what": f"{self.called}, num_inference_steps=1, guidance_scale=1.0) in a fresh process against the "
+            "student's own sampler on the same noise, normalised latents",
             "clips": _CLIPS,
             "max_error": self.max_error,
             "tolerance": ROUND_OFF,
@@ -113,6 +115,7 @@ class Examination:
         self.model, self.encoders = model, Encoders(model.pipeline)  # on the CPU: umT5-XXL has no room beside it either
         self.device = model.role.backbone.transformer.device
         num_frames, height, width = model.shape
+        self.latent_shape = self.encoders.latent_shape(model.shape)
         clips = [make_clip(model.world, "test", i) for i in range(_CLIPS)]
         self.prompts = [clip.caption for clip in clips]
         self.pictures = [np.array(Image.fromarray(clip.frames[0]).resize((width, height))) for clip in clips]
@@ -129,7 +132,9 @@ class Examination:
         # cuDNN's convolutions round to TF32 unless told not to, which is more than what is looked for
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             rows = [
-                sample_latents(role, condition.to(self.device), None, self._draws(clip), steps=1).cpu()
+                sample_latents(
+                    role, condition.to(self.device), None, self._draws(clip), steps=1, shape=self.latent_shape
+                ).cpu()
                 for clip, condition in enumerate(self.conditions)
             ]
         return torch.cat(rows)
@@ -208,7 +213,8 @@ class Examination:
             _judge_reading(readings[-1])
             if reader not in incomplete and (truncated or not precision.is_exact):
                 _judge_fidelity(readings[-1], precision, truncated)
-        return Proof(readings, float(self.student.square().mean().sqrt()))
+        call = "WanImageToVideoPipeline(image, prompt" if self.encoders.has_pictures else "WanPipeline(prompt"
+        return Proof(readings, float(self.student.square().mean().sqrt()), call)
 
     def _reread(self, path: Path, readers: Sequence[str], dtypes: Sequence[str]) -> dict[str, Tensor]:
         request = {
@@ -220,7 +226,7 @@ class Examination:
             "shape": self.model.shape,
             "device": str(self.device),
         }
-        noise = [self._draws(i).normal_like("sample noise", c.latent).cpu() for i, c in enumerate(self.conditions)]
+        noise = [self._draws(i).normal("sample noise", self.latent_shape).cpu() for i in range(_CLIPS)]
         tensors = {"noise": torch.cat(noise), "pictures": torch.from_numpy(np.stack(self.pictures))}
         with tempfile.TemporaryDirectory(prefix="vpae-proof-") as name, self._set_aside():
             folder = Path(name)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,17 +22,18 @@ from vpae.export.folder import transformer_of
 from vpae.export.lora import applied
 from vpae.sampling import euler_scheduler
 
-Reader = Callable[[Path, Path, torch.dtype], WanImageToVideoPipeline]
+Pipeline = WanImageToVideoPipeline | WanPipeline
+Reader = Callable[[Path, Path, torch.dtype], Pipeline]
 
 
-def _around(base: Path, transformer: WanTransformer3DModel) -> WanImageToVideoPipeline:
+def _around(base: Path, transformer: WanTransformer3DModel) -> Pipeline:
     """The teacher's pipeline with another transformer and the scheduler that one step needs."""
     pipeline = load_pipeline(base, transformer=False)
     pipeline.register_modules(transformer=transformer, scheduler=euler_scheduler(pipeline.scheduler))
     return pipeline
 
 
-def read_folder(path: Path, base: Path, dtype: torch.dtype) -> WanImageToVideoPipeline:
+def read_folder(path: Path, base: Path, dtype: torch.dtype) -> Pipeline:
     """A diffusers folder by ``from_pretrained``."""
     pipeline = load_pipeline(path, transformer=True)
     if dtype != torch.float32:
@@ -44,7 +45,7 @@ def read_folder(path: Path, base: Path, dtype: torch.dtype) -> WanImageToVideoPi
     return pipeline
 
 
-def read_single_file(path: Path, base: Path, dtype: torch.dtype) -> WanImageToVideoPipeline:
+def read_single_file(path: Path, base: Path, dtype: torch.dtype) -> Pipeline:
     """A file in the released layout by ``from_single_file``."""
     with quiet():
         transformer = WanTransformer3DModel.from_single_file(
@@ -53,7 +54,7 @@ def read_single_file(path: Path, base: Path, dtype: torch.dtype) -> WanImageToVi
     return _around(base, transformer)
 
 
-def read_lora(path: Path, base: Path, dtype: torch.dtype) -> WanImageToVideoPipeline:
+def read_lora(path: Path, base: Path, dtype: torch.dtype) -> Pipeline:
     """The teacher with a LoRA by ``load_lora_weights``."""
     pipeline = _around(base, load_transformer(base).to(dtype))
     with quiet():
@@ -61,7 +62,7 @@ def read_lora(path: Path, base: Path, dtype: torch.dtype) -> WanImageToVideoPipe
     return pipeline
 
 
-def read_lora_whole(path: Path, base: Path, dtype: torch.dtype) -> WanImageToVideoPipeline:
+def read_lora_whole(path: Path, base: Path, dtype: torch.dtype) -> Pipeline:
     """The teacher with every entry of a LoRA file added to its weights, by ComfyUI's rule."""
     transformer = load_transformer(base)
     weights = applied(transformer.state_dict(), load_file(path))
@@ -77,16 +78,17 @@ READERS: dict[str, Reader] = {
 
 
 @torch.no_grad()
-def answer(pipeline: WanImageToVideoPipeline, request: dict, tensors: dict[str, Tensor]) -> Tensor:
-    """Normalised latents ``[B, 16, T, h, w]`` of the request's first frames, prompts and noise, in one step."""
+def answer(pipeline: Pipeline, request: dict, tensors: dict[str, Tensor]) -> Tensor:
+    """Normalised latents ``[B, C, T, h, w]`` of the request's first frames, prompts and noise, in one step."""
     num_frames, height, width = request["shape"]
     pipeline.set_progress_bar_config(disable=True)
     if request["device"] != "cpu":  # umT5-XXL and a 14B transformer in fp32 do not fit one card together
         pipeline.enable_model_cpu_offload(device=request["device"])
     rows = []
     for picture, prompt, noise in zip(tensors["pictures"], request["prompts"], tensors["noise"], strict=True):
+        given = {} if isinstance(pipeline, WanPipeline) else {"image": Image.fromarray(picture.numpy())}
         made = pipeline(
-            image=Image.fromarray(picture.numpy()),
+            **given,
             prompt=prompt,
             height=height,
             width=width,

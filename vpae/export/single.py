@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,12 @@ def _write(
     incomplete: Collection[str] = (),
     more: Mapping[str, Any] | None = None,
 ) -> Proof:
-    partial = target.with_name(f".{target.stem}.partial.safetensors")
+    draft = target.with_name(f".{target.stem}.partial")  # a folder: safetensors writes by way of a file of its own
+    partial = draft / target.name
     try:
         with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(draft, ignore_errors=True)  # of a killed export
+            draft.mkdir(parents=True)
             save_file(tensors, partial, metadata=metadata)
             share(partial)
             with partial.open("rb") as file:
@@ -153,6 +156,5 @@ def _write(
         with writing(target):
             partial.replace(target)
     finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
     return proof

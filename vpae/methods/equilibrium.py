@@ -141,4 +141,6 @@ class Equilibrium:
             t = settings.time.quantile(batch.draws.uniform("sds time"))
             x_t = interpolate(x0_hat, batch.draws.normal_like("sds noise", x0_hat), t)
             target = self.teacher.guided_x0(x_t, t, batch.condition, batch.null, settings.guidance_scale)
-        return losses.conditional_sds(x0_hat, target, settings.first_frame_weight)
+        # a frame that is given is no error, and weighs nothing in the mean
+        first_frame_weight = 0.0 if batch.condition.given else settings.first_frame_weight
+        return losses.conditional_sds(x0_hat, target, first_frame_weight)

@@ -31,5 +31,5 @@ class FlowMatching:
         dropped = batch.draws.uniform("text dropout") < self.settings.text_dropout
         condition = batch.condition.drop(batch.null.text[:1], dropped)
         velocity = self.student.velocity(interpolate(batch.x0, noise, t), t, condition)
-        loss = losses.flow_matching(velocity, batch.x0, noise)
+        loss = losses.flow_matching(*map(condition.free, (velocity, batch.x0, noise)))
         return Outcome(loss, {"flow_matching": loss.detach()})

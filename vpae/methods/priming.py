@@ -60,7 +60,7 @@ class Priming:
         t = self.settings.fake_time.quantile(batch.draws.uniform("fake time"))
         noise = batch.draws.normal_like("fake noise", x0_hat)
         velocity = self.fake_score.velocity(interpolate(x0_hat, noise, t), t, batch.condition)
-        loss = losses.flow_matching(velocity, x0_hat, noise)
+        loss = losses.flow_matching(*map(batch.condition.free, (velocity, x0_hat, noise)))
         return Outcome(loss, {"flow_matching": loss.detach()})
 
     def _student_loss(self, batch: Batch) -> Outcome:
@@ -70,12 +70,13 @@ class Priming:
             x_t = interpolate(x0_hat, batch.draws.normal_like("score noise", x0_hat), t)
             fake = self.fake_score.x0(x_t, t, batch.condition)
             real = self.teacher.guided_x0(x_t, t, batch.condition, batch.null, self.settings.guidance_scale)
-            gradient = losses.vsd_gradient(x0_hat, real, fake, self.settings.normaliser, t)
-        loss = losses.vsd(x0_hat, gradient)
+            made, real, fake = map(batch.condition.free, (x0_hat.detach(), real, fake))
+            gradient = losses.vsd_gradient(made, real, fake, self.settings.normaliser, t)
+        loss = losses.vsd(batch.condition.free(x0_hat), gradient)
         scalars = {
             "vsd": loss.detach(),
             "vsd_gradient": losses.per_sample_mean(gradient.square()).sqrt().mean(),
-            "teacher_distance": (x0_hat.detach() - real).abs().mean(),
+            "teacher_distance": (made - real).abs().mean(),
             "fake_real_distance": (fake - real).abs().mean(),
         }
         return Outcome(loss, scalars, x0_hat.detach())

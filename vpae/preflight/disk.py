@@ -126,7 +126,7 @@ def cache_bytes(recipe: recipes.Recipe) -> int:
         UserError: the source is not there.
     """
     if (
-        not isinstance(recipe, (recipes.Distill, recipes.FinetuneFlow))
+        not isinstance(recipe, (recipes.Distill, recipes.Peer, recipes.FinetuneFlow))
         or (Path(recipe.data.cache) / MANIFEST).is_file()
     ):
         return 0
@@ -134,7 +134,7 @@ def cache_bytes(recipe: recipes.Recipe) -> int:
     frames, height, width = source.shape or (1, 1, 1)
     latent = 16 * (1 + (frames - 1) // 4) * (height // 8) * (width // 8)
     config: dict[str, Any] = {}
-    if isinstance(recipe, Distill):
+    if isinstance(recipe, recipes.Distillation):
         with contextlib.suppress(UserError):  # told of under "teacher"
             config = transformer_config(find_model(recipe.teacher.path))
     condition = 512 * config.get("text_dim", 0) + 257 * (config.get("image_dim") or 0)
