@@ -22,7 +22,7 @@ from vpae.released import TRANSFORMERS
 GIB = 2**30
 _FOLDED_ROWS = 64  # of text, where padding is folded and no cache says how many: Bounce's longest captions have fewer
 _CLIP_TOKENS = 257  # of ViT-H/14 at 224 px, as Wan's
-_STRIDES = (4, 8)  # of Wan2.1's VAE: frames, pixels
+_FRAMES, _PIXELS = 4, {16: 8, 48: 16}  # strides of the VAEs of Wan2.1 and Wan2.2, by channels
 # parameters of umT5-XXL's encoder, CLIP ViT-H/14 and the VAE, which encode clips in fp32
 _RELEASED_ENCODERS = 5_680_910_336 + 632_076_800 + 126_892_531
 
@@ -78,7 +78,8 @@ def shapes_of(recipe: Distill) -> Shapes:
     folder, config = _teacher(recipe.teacher.path)
     frames, height, width = _clip(recipe.data.source)
     vae = _read(folder, "vae")
-    stride_t, stride = vae.get("scale_factor_temporal", _STRIDES[0]), vae.get("scale_factor_spatial", _STRIDES[1])
+    pixels = _PIXELS.get(config["out_channels"], 8)
+    stride_t, stride = vae.get("scale_factor_temporal", _FRAMES), vae.get("scale_factor_spatial", pixels)
     latent = (config["out_channels"], (frames - 1) // stride_t + 1, height // stride, width // stride)
     eye = _read(folder, "image_encoder")
     tokens = (eye["image_size"] // eye["patch_size"]) ** 2 + 1 if eye else _CLIP_TOKENS
