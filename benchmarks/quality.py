@@ -27,6 +27,7 @@ from vpae.data.look import contact_sheet
 from vpae.errors import UserError
 from vpae.evaluation import clips_of
 from vpae.loading import load_model
+from vpae.recipe import digest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TEACHER = {
@@ -127,8 +128,6 @@ def run(arguments: argparse.Namespace) -> None:
     split = "test" if arguments.final else "validation"
     chosen = entries(arguments.recipe, arguments.peers, arguments.methods, tuple(arguments.overrides))
     vpae = Entry("vpae", arguments.recipe, tuple(arguments.overrides))
-    from vpae.recipe import digest
-
     looks = guard(split, {e.name: digest(e.load()) for e in chosen}, arguments.because)
     costs = measure_costs([vpae, *(e for e in chosen if e.name != "vpae")], arguments.root, arguments.ranks)
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)
@@ -167,8 +166,12 @@ def run(arguments: argparse.Namespace) -> None:
         "tables": tables,
         "bars": bars(lines, tables),
     }
-    write_result(f"quality_{split}", document)
-    print(json.dumps({key: document[key] for key in ("benchmark", "split", "seeds", "bars")}))
+    written = json.loads(write_result(f"quality_{split}", document).read_text())  # as written: JSON has no NaN
+    print(json.dumps({key: written[key] for key in ("benchmark", "split", "seeds", "bars")}))
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100 * part / whole if whole > 0 else float("nan")
 
 
 def bars(lines: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
@@ -182,13 +185,13 @@ def bars(lines: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
             continue
         ours = table["rows"]["vpae 1 NFE"]
         found[equal] = {
-            "percent_of_teacher_at_1_nfe": 100 * means["vpae 1 NFE"] / teacher["mean"]["mean"],
-            "percent_of_teacher_at_4_nfe": 100 * means["vpae 4 NFE"] / teacher["mean"]["mean"],
-            "dynamic_degree_percent": 100 * ours["dynamic_degree"]["mean"] / teacher["dynamic_degree"]["mean"],
+            "percent_of_teacher_at_1_nfe": _percent(means["vpae 1 NFE"], teacher["mean"]["mean"]),
+            "percent_of_teacher_at_4_nfe": _percent(means["vpae 4 NFE"], teacher["mean"]["mean"]),
+            "dynamic_degree_percent": _percent(ours["dynamic_degree"]["mean"], teacher["dynamic_degree"]["mean"]),
         }
         if peers:
             best = max(peers, key=peers.get)
-            ahead = 100 * (means["vpae 1 NFE"] / peers[best] - 1)
+            ahead = _percent(means["vpae 1 NFE"], peers[best]) - 100
             found[equal] |= {"best_peer": best, "percent_ahead_of_best_peer": ahead}
     return found
 
