@@ -1,0 +1,227 @@
+"""What quality.py and ablation.py share: entries that are trained on one budget, job by job, and judged alike.
+
+A budget is wall-clock or clips seen, and every ``student_steps`` of an entry's recipe is scaled by one factor to meet
+it. What a step costs is measured before, all entries in turn in each of several rounds, so that the number of steps is
+fixed and a run can be repeated; the seconds it then took are reported beside it. A clip is seen when a player's turn
+uses it. What a method makes once before it trains (clips by the teacher) is data, and its cost is listed apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import commit
+
+from vpae import recipe as recipes
+from vpae.data.bounce import Clip
+from vpae.data.encoders import Encoders
+from vpae.engine.tracking import read_log
+from vpae.errors import UserError
+from vpae.evaluation import clips_of, sample_clips
+from vpae.files import write_json
+from vpae.loading import load_model
+from vpae.quickstart import seconds_training
+from vpae.roles import Role
+from vpae.runs import environment, phases_of
+
+_ROUNDS, _STEPS, _WARM = 3, 6, 2  # of the measurement of cost: rounds, student steps a phase, turns left out
+_OFF = 10**6  # never, in a run of the sizes here
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a recipe with overrides."""
+
+    name: str
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+
+    def load(self, *more: str) -> recipes.Recipe:
+        return recipes.load(self.recipe, (*self.overrides, *more))
+
+    def steps(self) -> dict[str, int]:
+        """The keys of all ``student_steps`` with their values, in the order of the phases."""
+        return dict(_student_steps(recipes.to_plain(self.load())))
+
+
+def _student_steps(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    for key, value in plain.items():
+        if key == "student_steps":
+            yield prefix + key, value
+        elif isinstance(value, dict):
+            yield from _student_steps(value, f"{prefix}{key}.")
+
+
+@dataclass
+class Cost:
+    """What one student step of each phase costs, all players' turns counted: seconds, and clips seen."""
+
+    seconds: list[float] = field(default_factory=list)
+    clips: list[float] = field(default_factory=list)
+
+
+def train(entry: Entry, folder: Path, ranks: int, overrides: Sequence[str]) -> int:
+    """Run (or go on with) an entry; returns its peak resident memory in bytes, of the largest rank.
+
+    Raises:
+        UserError: it failed.
+    """
+    command = [sys.executable, "-m", "vpae", "distill", str(entry.recipe), "--output", str(folder), "--resume"]
+    command += ["--ranks", str(ranks), "--set", *entry.overrides, *overrides]
+    process = subprocess.Popen(command)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"{entry.name} in {folder} failed with status {process.returncode}; see above")
+    return used.ru_maxrss * 1024
+
+
+def measure_costs(entries: Sequence[Entry], root: Path, ranks: int) -> dict[str, Cost]:
+    """Seconds and clips a student step of every entry; measured once and kept in ``root/costs.json``."""
+    file = root / "costs.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    new = [e for e in entries if kept.get(e.name, {}).get("recipe") != recipes.digest(e.load())]
+    seconds: dict[str, list[list[float]]] = {e.name: [] for e in new}
+    clips: dict[str, list[float]] = {}
+    for r, entry in itertools.product(range(_ROUNDS), new):
+        folder = root / "costs" / f"{entry.name}-{r}"
+        short = [f"{key}={_STEPS}" for key in entry.steps()]
+        quiet = ["engine.log_every=1", f"engine.sample_every={_OFF}", f"engine.checkpoint_every={_OFF}"]
+        train(entry, folder, ranks, (*short, *quiet, "engine.samples=1"))
+        rows = [_phase_cost(folder / phase, entry) for phase in phases_of(entry.load())]
+        seconds[entry.name].append([s for s, _ in rows])
+        clips[entry.name] = [c for _, c in rows]
+    for entry in new:
+        medians = [statistics.median(phase) for phase in zip(*seconds[entry.name], strict=True)]
+        digest = recipes.digest(entry.load())
+        kept[entry.name] = {"recipe": digest, "seconds": medians, "clips": clips[entry.name], "ranks": ranks}
+    write_json(file, kept)
+    return {e.name: Cost(kept[e.name]["seconds"], kept[e.name]["clips"]) for e in entries}
+
+
+def _phase_cost(phase: Path, entry: Entry) -> tuple[float, float]:
+    """Seconds and clips of one student step of a finished short run."""
+    turns: dict[str, list[float]] = {}
+    for line in read_log(phase / "log.jsonl"):
+        for key, value in line.items():
+            if key.endswith("/seconds"):
+                turns.setdefault(key.removesuffix("/seconds"), []).append(value)
+    students = len(turns["student"])
+    batch = entry.load().engine.global_batch
+    each = [statistics.median(times[min(_WARM, len(times) - 1) :]) * len(times) for times in turns.values()]
+    return sum(each) / students, batch * sum(map(len, turns.values())) / students
+
+
+def on_budget(entry: Entry, cost: Cost, equal: str, budget: float) -> tuple[str, ...]:
+    """Overrides that make an entry cost ``budget`` (seconds, or clips), its phases in their own proportions."""
+    steps, each = entry.steps(), getattr(cost, equal)
+    factor = budget / sum(n * c for n, c in zip(steps.values(), each, strict=True))
+    return tuple(f"{key}={max(1, round(n * factor))}" for key, n in steps.items())
+
+
+def whole_cost(entry: Entry, cost: Cost, equal: str) -> float:
+    """What an entry costs as its recipe stands."""
+    return sum(n * c for n, c in zip(entry.steps().values(), getattr(cost, equal), strict=True))
+
+
+def diversity(role: Role, encoders: Encoders, clips: Sequence[Clip], draws: int, **options: Any) -> float:
+    """Mean distance between samples of one condition under different noise: RMS over pixels, in levels of 255."""
+    videos = [sample_clips(role, encoders, clips, seed=1000 + d, **options).frames for d in range(draws)]
+    gaps = [
+        np.sqrt(np.mean((a[i].astype(float) - b[i]) ** 2))
+        for a, b in itertools.combinations(videos, 2)
+        for i in range(len(clips))
+    ]
+    return float(np.mean(gaps))
+
+
+def judge(folder: Path, split: str, clips: int, plans: Mapping[str, Mapping[str, Any]], role: str | None = None):
+    """Scores of a run's role under each plan of sampling, with the first eight videos of the first plan."""
+    model = load_model(folder, role)
+    encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    wanted, rows, shown = clips_of(model.world, split, clips), {}, None
+    for name, options in plans.items():
+        options = {"batch": 16, "negative_prompt": model.negative_prompt, "label": name} | dict(options)
+        sampled = sample_clips(model.role, encoders, wanted, seed=0, **options)
+        shown = shown or sampled.frames[:8]
+        spread = diversity(model.role, encoders, wanted[:16], 4, **options)
+        rows[name] = sampled.plain() | {"diversity": round(spread, 4)}
+    return rows, shown
+
+
+def run_jobs(
+    entries: Sequence[Entry],
+    seeds: Sequence[int],
+    root: Path,
+    settings: Mapping[str, tuple[str, ...]],
+    *,
+    ranks: int,
+    split: str,
+    clips: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Train and judge every entry under every seed; what is finished is taken as it is.
+
+    Args:
+        settings: overrides of each entry besides the seed.
+    """
+    done: dict[str, list[dict[str, Any]]] = {e.name: [] for e in entries}
+    for seed, entry in itertools.product(seeds, entries):
+        folder = root / f"{entry.name}-seed{seed}"
+        own = (*settings[entry.name], f"seed={seed}")
+        digest, file = recipes.digest(entry.load(*own)), folder / f"{split}-{clips}.json"
+        if not file.is_file() or json.loads(file.read_text())["recipe"] != digest:
+            print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
+            began = time.monotonic()
+            memory = train(entry, folder, ranks, own)
+            rows, shown = judge(folder, split, clips, {"1 NFE": {"steps": 1}, "4 NFE": {"steps": 4}})
+            np.savez_compressed(folder / f"{split}-shown.npz", *shown)
+            record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit(), "rows": rows}
+            recipe = entry.load(*own)
+            record |= {"seconds_training": seconds_training(folder, recipe), "peak_bytes": memory}
+            record |= {"seconds_of_job": time.monotonic() - began, "environment": environment() | {"ranks": ranks}}
+            write_json(file, record)
+        done[entry.name].append(json.loads(file.read_text()))
+    return done
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard error over seeds."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return {"mean": float(np.mean(values)), "standard_error": error}
+
+
+def summary(jobs: Sequence[dict[str, Any]], row: str) -> dict[str, dict[str, float]]:
+    """Mean and standard error over seeds of all that was measured of one way of sampling."""
+    first = jobs[0]["rows"][row]
+    found = {key: spread([job["rows"][row]["values"][key] for job in jobs]) for key in first["values"]}
+    for key in ("frechet", "diversity", "seconds_per_clip"):
+        found[key] = spread([job["rows"][row][key] for job in jobs])
+    found["training_minutes"] = spread([job["seconds_training"] / 60 for job in jobs])
+    found["peak_gib"] = spread([job["peak_bytes"] / 2**30 for job in jobs])
+    return found
+
+
+COLUMNS = ("sa", "tc", "fq", "mean", "dynamic_degree", "frechet", "trajectory_error", "diversity")
+
+
+def print_table(title: str, rows: Mapping[str, Mapping[str, dict[str, float]]], columns: Sequence[str]) -> None:
+    print(f"\n{title}\n{'':<28}" + "".join(f"{name:>18}" for name in columns))
+    for name, values in rows.items():
+        cells = (values.get(column) for column in columns)
+        texts = (
+            "" if c is None else f"{c['mean']:.3g}" if np.isnan(c["standard_error"] or np.nan)
+            else f"{c['mean']:.3g} ± {c['standard_error']:.2g}"
+            for c in cells
+        )  # fmt: skip
+        print(f"{name:<28}" + "".join(f"{text:>18}" for text in texts))

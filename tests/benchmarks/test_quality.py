@@ -1,0 +1,90 @@
+"""The comparison of methods, on recipes too small to be good at anything: budgets, jobs, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import contest
+
+    return contest
+
+
+@pytest.fixture
+def folder(micro_recipe, micro_peer, tmp_path):
+    (tmp_path / "peers").mkdir()
+    for path, plain in (("vpae.yaml", micro_recipe), ("peers/lcm.yaml", micro_peer("lcm"))):
+        (tmp_path / path).write_text(yaml.safe_dump(plain))
+    return tmp_path
+
+
+def test_a_budget_is_met_with_the_phases_in_their_own_proportions(contest, folder):
+    entry = contest.Entry("vpae", folder / "vpae.yaml")
+    assert entry.steps() == {"priming.student_steps": 3, "equilibrium.student_steps": 4}
+    cost = contest.Cost(seconds=[2.0, 1.0], clips=[12.0, 8.0])
+    assert contest.whole_cost(entry, cost, "seconds") == 10 and contest.whole_cost(entry, cost, "clips") == 68
+    assert contest.on_budget(entry, cost, "seconds", 1000) == (
+        "priming.student_steps=300",
+        "equilibrium.student_steps=400",
+    )
+    assert contest.on_budget(entry, cost, "clips", 6.8) == ("priming.student_steps=1", "equilibrium.student_steps=1")
+    alone = contest.Entry("priming", folder / "vpae.yaml", ("equilibrium=null",))
+    assert contest.on_budget(alone, contest.Cost([2.0], [12.0]), "seconds", 10) == ("priming.student_steps=5",)
+
+
+def test_the_verdict_of_a_study_knows_what_is_no_difference(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from ablation import verdict
+
+    rows = {k: {"mean": {"mean": m, "standard_error": 1.0}} for k, m in (("a", 90.0), ("b", 80.0), ("c", 80.5))}
+    assert verdict(rows, ("a", "b")) == "a over b: agree" and verdict(rows, ("b", "a")) == "b over a: disagree"
+    assert verdict(rows, ("a", "b", "c")) == "a over b: agree; b over c: no difference"
+    assert (verdict(rows, ("a",)), verdict(rows, ("b",)), verdict(rows, ())) == (
+        "agree",
+        "disagree",
+        "the paper gives no figure",
+    )
+
+
+@pytest.mark.slow
+def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(folder):
+    checkout = folder / "checkout"  # results are written beside the script
+    shutil.copytree(BENCHMARKS, checkout, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (checkout / "results").mkdir()
+    command = [sys.executable, str(checkout / "quality.py"), "--recipe", str(folder / "vpae.yaml"), "--peers"]
+    command += [str(folder / "peers"), "--methods", "vpae", "lcm", "--seeds", "0", "--clips", "2", "--ranks", "1"]
+    command += ["--root", str(folder / "jobs"), "--equal", "clips"]
+    where = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
+    assert done.returncode == 0, done.stderr[-3000:]
+    document = json.loads((checkout / "results" / "quality_validation.json").read_text())
+    table = document["tables"]["clips"]
+    # (1 + 2) turns x 3 steps + (1 + 1) turns x 4 steps, four clips each; a consistency step is one turn
+    assert table["budget"] == 68 and table["settings"]["lcm"] == ["method.consistency.student_steps=17"]
+    assert set(table["rows"]) == {"vpae 1 NFE", "vpae 4 NFE", "lcm 1 NFE", "lcm 4 NFE"}
+    assert document["bars"]["clips"]["best_peer"] == "lcm 1 NFE"
+    row = table["jobs"]["vpae"][0]
+    assert row["peak_bytes"] > 1e8 and row["seconds_training"] > 0 and row["rows"]["1 NFE"]["diversity"] > 0
+    assert np.isfinite(row["rows"]["1 NFE"]["values"]["mean"])
+    assert "<svg" in (checkout / "results" / "quality_validation.svg").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
+    assert again.returncode == 0 and "== vpae" not in again.stdout
+    final = subprocess.run([*command, "--final"], capture_output=True, text=True, timeout=900, **where)
+    assert final.returncode == 0, final.stderr[-3000:]
+    other = [*command, "--final", "--set", "evaluate.seed=1"]
+    refused = subprocess.run(other, capture_output=True, text=True, timeout=900, **where)
+    assert refused.returncode == 2 and "say --because why the test split is used again" in refused.stderr
