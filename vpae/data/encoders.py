@@ -168,6 +168,8 @@ class Encoders:
         """Let go of the text and image encoders (umT5-XXL alone is 23 GB in fp32): a cache answers for them now."""
         for name in self._token_encoders:
             setattr(self.pipeline, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def has_pictures(self) -> bool:
