@@ -142,7 +142,7 @@ class TestTeacherSamples:
         scheduler = Encoders(recipe.teacher.path).pipeline.scheduler
 
         class Given(Draws):
-            def normal_like(self, purpose, x):
+            def normal(self, purpose, shape):
                 return batch.noise
 
         options = {"steps": 2, "guidance_scale": 2.0, "sampler": "euler", "scheduler": scheduler}
