@@ -23,7 +23,7 @@ def plan(arguments: argparse.Namespace) -> bool:
     """
     recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
     hardware = Hardware(arguments.gpus, arguments.machines)
-    made = make_plan(recipe, hardware, arguments.gpu_memory * GIB, whole=arguments.whole)
+    made = make_plan(recipe, hardware, arguments.gpu_memory * GIB, whole=arguments.whole, in_use=arguments.in_use)
     print(plan_text(made, arguments.tflops), flush=True)
     written = document(made, arguments.tflops)
     advice = None

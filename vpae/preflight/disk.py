@@ -13,12 +13,13 @@ from vpae import recipe as recipes
 from vpae.data.encoders import transformer_config
 from vpae.data.shards import MANIFEST
 from vpae.data.sources import open_source
-from vpae.engine.checkpoint import stored_shapes
+from vpae.engine.checkpoint import kept_bytes, stored_shapes
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.models import find_model
 from vpae.preflight.machine import GIB, Line
 from vpae.recipe import Distill, Lora
+from vpae.runs import PHASES
 
 _LAG = 10.0  # seconds that a file of rank 0 may take to be seen elsewhere
 _STATE_BYTES = {"fp32": 4, "cpu": 4, "bf16": 2, "int8": 1}  # of each of Adam's two moments
@@ -79,8 +80,10 @@ def _seen(file: Path, token: str) -> float:
     return -1.0
 
 
-def checkpoint_bytes(recipe: Distill) -> int:
-    """About what one checkpoint of the larger phase takes: student with Adam's moments, its EMA, the fake score.
+def checkpoint_bytes(recipe: Distill, phase: str) -> int:
+    """About what one checkpoint of a phase takes: student with Adam's moments, its EMA, the fake score.
+
+    Phase II's head, some thousandths of it, is left out.
 
     Raises:
         UserError: the teacher is not there.
@@ -91,7 +94,7 @@ def checkpoint_bytes(recipe: Distill) -> int:
     if recipe.student.kind == "lora":
         student = _adapter(shapes, recipe.student.lora)
     total = student * (4 + moments + 4)
-    if recipe.priming is not None:
+    if phase == "priming":
         total += _adapter(shapes, recipe.priming.fake_lora) * (4 + moments)
     return total
 
@@ -112,9 +115,10 @@ def output_bytes(recipe: recipes.Recipe) -> int:
     """Of all checkpoints that a distillation keeps, and the one it is writing; 0 where that is not known."""
     if not isinstance(recipe, Distill):
         return 0
-    phases = sum(phase is not None for phase in (recipe.priming, recipe.equilibrium))
+    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     try:
-        return checkpoint_bytes(recipe) * (phases * recipe.engine.keep_checkpoints + 1)
+        sizes = [checkpoint_bytes(recipe, phase) for phase in phases]
+        return round(kept_bytes(sizes, recipe.engine.keep_checkpoints))
     except (UserError, OSError, ValueError):  # told of under "teacher"
         return 0
 
