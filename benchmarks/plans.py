@@ -2,8 +2,8 @@
 
     python benchmarks/plans.py
 
-The same as `vpae plan RECIPE --gpus N --gpu-memory 79 --set ...` (such cards report 79.1 to 79.6 GiB) for each line of CASES. Writes
-benchmarks/results/plans_14b.json after each of them.
+The same as `vpae plan RECIPE --gpus N --gpu-memory 79 --set ...` for each line of CASES; 80 GB cards report 79.1 to
+79.6 GiB. Writes benchmarks/results/plans_14b.json after each of them.
 """
 
 from __future__ import annotations
