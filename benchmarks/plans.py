@@ -15,8 +15,8 @@ from pathlib import Path
 from common import write_result
 
 from vpae import recipe as recipes
+from vpae.engine.host import GIB
 from vpae.plan.account import document, make_plan
-from vpae.plan.shapes import GIB
 from vpae.plan.show import plan_text
 from vpae.plan.simulate import Hardware
 

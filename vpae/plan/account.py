@@ -9,9 +9,10 @@ from typing import Any
 
 from vpae import recipe as recipes
 from vpae.engine.checkpoint import kept_bytes
+from vpae.engine.host import GIB
 from vpae.errors import UserError
 from vpae.plan.ledger import ACTIVATIONS, GATHERED, TEMPORARY
-from vpae.plan.shapes import GIB, Shapes, shapes_of
+from vpae.plan.shapes import Shapes, shapes_of
 from vpae.plan.simulate import Hardware, PhaseLoad, TurnLoad, simulate
 from vpae.recipe import Distill
 from vpae.runs import PHASES
@@ -125,7 +126,9 @@ def load_of(recipe: Distill, phase: str, shapes: Shapes, hardware: Hardware, blo
     layout = {key: plain[key] for key in ("teacher", "student", phase)} | {"engine": dict(plain["engine"])}
     for key in ("log_every", "sample_every", "samples", "checkpoint_every", "keep_checkpoints", "async_checkpoints"):
         del layout["engine"][key]
-    key = recipes.digest({"layout": layout, "of": [phase, blocks, shapes.config, shapes.latent, shapes.text_rows]})
+    key = recipes.digest(
+        {"layout": layout, "of": [phase, blocks, shapes.config, shapes.kind, shapes.latent, shapes.text_rows]}
+    )
     key += f" {hardware}"
     if key not in _memory:
         _memory[key] = simulate(recipe, phase, shapes, hardware, blocks)

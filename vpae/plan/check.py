@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from vpae import recipe as recipes
-from vpae.engine.host import free_memory
+from vpae.engine.host import GIB, free_memory
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
-from vpae.plan.shapes import GIB, Shapes, shapes_of
+from vpae.plan.shapes import Shapes, shapes_of
 from vpae.recipe import Distill, Distillation
 from vpae.weights import unborn_transformer
 

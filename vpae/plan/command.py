@@ -6,11 +6,11 @@ import argparse
 import sys
 
 from vpae import recipe as recipes
+from vpae.engine.host import GIB
 from vpae.errors import UserError
 from vpae.files import write_json
 from vpae.plan.account import document, make_plan
 from vpae.plan.advise import advise
-from vpae.plan.shapes import GIB
 from vpae.plan.show import advice_text, plan_text
 from vpae.plan.simulate import Hardware
 

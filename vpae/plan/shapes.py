@@ -19,7 +19,6 @@ from vpae.models import find_model
 from vpae.recipe import Distill
 from vpae.released import TRANSFORMERS
 
-GIB = 2**30
 _FOLDED_ROWS = 64  # of text, where padding is folded and no cache says how many: Bounce's longest captions have fewer
 _CLIP_TOKENS = 257  # of ViT-H/14 at 224 px, as Wan's
 _FRAMES, _PIXELS = 4, {16: 8, 48: 16}  # strides of the VAEs of Wan2.1 and Wan2.2, by channels

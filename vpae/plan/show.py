@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from vpae.engine.host import GIB
 from vpae.plan.account import Plan
 from vpae.plan.advise import Advice
-from vpae.plan.shapes import GIB
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

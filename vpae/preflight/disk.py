@@ -14,10 +14,11 @@ from vpae.data.encoders import transformer_config
 from vpae.data.shards import MANIFEST
 from vpae.data.sources import open_source
 from vpae.engine.checkpoint import kept_bytes, stored_shapes
+from vpae.engine.host import GIB
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.models import find_model
-from vpae.preflight.machine import GIB, Line
+from vpae.preflight.machine import Line
 from vpae.recipe import Distill, Lora
 from vpae.runs import PHASES
 
