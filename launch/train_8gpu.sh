@@ -4,7 +4,7 @@
 # The same command goes on where it was stopped or fell over. --dry-run only says what would be run.
 #   RANKS=8            processes, one a GPU (2 on a CPU, to try it: RANKS=2)
 #   MAX_RESTARTS=3     times that all ranks are started again, from the last checkpoint, when one is lost
-#   GPU_MEMORY=80      GiB of each GPU, for vpae plan (default: as the first GPU says; none, or without a GPU: no plan).
+#   GPU_MEMORY=79.2    GiB of each GPU, for vpae plan (default: as the first GPU says; none, or without a GPU: no plan).
 #                      It plans recipes of kind distill; with --no-plan-check none.
 #   PYTHON=...         interpreter that vpae is installed for (default: .venv of this checkout)
 set -euo pipefail
@@ -16,7 +16,7 @@ ranks=${RANKS:-8}
 
 with=("$recipe" ${overrides[@]+"${overrides[@]}"})
 
-total='import torch; print(torch.cuda.get_device_properties(0).total_memory // 2**30 if torch.cuda.is_available() else "none")'
+total='import torch; print(round(torch.cuda.get_device_properties(0).total_memory / 2**30, 2) if torch.cuda.is_available() else "none")'
 gpu_memory=${GPU_MEMORY:-$("$python" -c "$total")}
 
 step "$python" -m vpae preflight "${with[@]}" --output "$output" --ranks "$ranks"

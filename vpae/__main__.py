@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpu-memory", type=_rate, default=80.0, metavar="GIB", help="of each, as nvidia-smi says it (default: 80)"
     )
+    plan.add_argument("--in-use", action="store_true", help="it is what a process on the GPU finds free, not all of it")
     plan.add_argument("--tflops", type=_rate, default=400.0, help="achieved a GPU, for the times (default: 400)")
     plan.add_argument("--whole", action="store_true", help="simulate every block of a deep network (takes minutes)")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan here too")

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from vpae import recipe as recipes
+from vpae.draws import Draws
+from vpae.engine.host import GIB
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.plan import check as checking
@@ -19,7 +21,7 @@ from vpae.plan.account import FITS, TIGHT, TOO_LARGE, PhasePlan, Plan, TurnPlan,
 from vpae.plan.account import _further as further
 from vpae.plan.advise import advise
 from vpae.plan.ledger import ACTIVATIONS
-from vpae.plan.shapes import GIB, shapes_of
+from vpae.plan.shapes import shapes_of
 from vpae.plan.show import plan_text
 from vpae.plan.simulate import Hardware, simulate
 from vpae.weights import unborn_transformer
@@ -174,10 +176,10 @@ def test_a_14b_plan_is_that_of_all_its_blocks(name, phase):
         assert guess.turns[player].flops == pytest.approx(turn.flops, rel=1e-6)
 
 
-def _made_up(recipe, peak):
+def _made_up(recipe, peak, ranks=8, in_use=False):
     turn = TurnPlan({"weights of student": peak}, 1e15, 10)
     phase = PhasePlan({"student": turn}, {"process": GIB}, {"process": GIB}, 1e9, 1e6)
-    return Plan(recipe, Hardware(8), 100 * GIB, shapes_of(recipe), {"priming": phase})
+    return Plan(recipe, Hardware(ranks), 100 * GIB, shapes_of(recipe), {"priming": phase}, in_use)
 
 
 @pytest.mark.parametrize(("peak", "verdict"), [(89, FITS), (91, TIGHT), (95, TIGHT), (97, TOO_LARGE), (200, TOO_LARGE)])
@@ -186,6 +188,60 @@ def test_verdict(micro_recipe, peak, verdict):
     assert plan.verdict("priming") == verdict
     assert plan.failing == (["priming"] if verdict == TOO_LARGE else [])
     assert f"priming: {verdict}" in plan_text(plan, 400.0)
+
+
+def test_what_is_kept_free_is_what_may_be_wanted(micro_recipe):
+    """A single GPU has no NCCL, and what is free in a process with a context holds no context."""
+    recipe = _recipe(micro_recipe)
+    assert _made_up(recipe, 93 * GIB).verdict("priming") == TIGHT
+    assert _made_up(recipe, 93 * GIB, ranks=1).verdict("priming") == FITS
+    assert _made_up(recipe, 97 * GIB, in_use=True).verdict("priming") == TIGHT
+    assert _made_up(recipe, 99 * GIB, in_use=True).verdict("priming") == TOO_LARGE
+
+
+def test_the_vae_stays_and_checkpoints_are_kept_but_for_one(micro_recipe):
+    recipe = _recipe(micro_recipe)
+    plan = make_plan(recipe, ONE, GIB)
+    file = Path(recipe.teacher.path) / "vae" / "diffusion_pytorch_model.safetensors"
+    load = phase_load(recipe, "priming", plan.shapes, ONE)
+    for player, turn in plan.phases["priming"].turns.items():
+        assert turn.kinds["VAE, for samples"] == file.stat().st_size
+        assert turn.peak == pytest.approx(_peak(load, player) + file.stat().st_size, rel=1e-9)
+    first, second = (phase.checkpoint for phase in plan.phases.values())
+    assert plan.disk == recipe.engine.keep_checkpoints * (first + second) + max(first, second)
+
+
+def test_a_model_is_planned_with_the_condition_it_has(micro_recipe, micro_t2v, micro_ti2v):
+    """Wan2.2-TI2V holds its first frame and is told a time a token, which takes more; text-to-video has no CLIP."""
+    shapes = {"i2v": shapes_of(_recipe(micro_recipe))}
+    for kind, folder in (("t2v", micro_t2v), ("ti2v", micro_ti2v)):
+        micro_recipe["teacher"]["path"] = str(folder)
+        shapes[kind] = shapes_of(_recipe(micro_recipe))
+        assert not list(folder.glob("image_encoder/*.safetensors"))
+        parts = ("vae", "text_encoder")
+        sizes = [sum(f.stat().st_size for f in (folder / part).glob("*.safetensors")) for part in parts]
+        assert (shapes[kind].vae, shapes[kind].encoders) == (sizes[0], sum(sizes))
+    assert {kind: of.kind for kind, of in shapes.items()} == {kind: kind for kind in shapes}
+    condition = shapes["ti2v"].batch(Draws(0, [0, 1], torch.device("cpu"))).condition
+    assert condition.given == 1 and condition.latent.shape == (
+        2,
+        shapes["ti2v"].latent[0],
+        1,
+        *shapes["ti2v"].latent[2:],
+    )
+    recipe = _recipe(micro_recipe, micro_batch=1)
+    held = load_of(recipe, "priming", shapes["ti2v"], ONE)
+    alike = load_of(recipe, "priming", dataclasses.replace(shapes["ti2v"], kind="t2v"), ONE)
+    assert _kept(held) > _kept(alike)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("wan21_i2v_14b_480p", "i2v"), ("wan21_t2v_1_3b", "t2v"), ("wan22_ti2v_5b", "ti2v")]
+)
+def test_released_models_are_known_before_they_are_there(name, kind):
+    shapes = shapes_of(recipes.load(RECIPES / f"{name}.yaml"))
+    assert shapes.kind == kind
+    assert shapes.encoders - shapes.vae == 4 * (5_680_910_336 + (632_076_800 if kind == "i2v" else 0))
 
 
 def test_the_advice_is_the_cheapest_change_that_was_planned_to_fit(long_clips):

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +59,12 @@ class Checkpoint:
 def damaged(folder: Path, what: str) -> UserError:
     """The error that names what is wrong with a checkpoint."""
     return UserError(f"checkpoint {folder} is damaged ({what}); remove {folder} to go on from the one before it")
+
+
+def kept_bytes(sizes: Sequence[float], keep: int) -> float:
+    """Disk that a run takes at most: of each phase ``keep`` checkpoints of its size, and the one that is being
+    written."""
+    return keep * sum(sizes) + max(sizes, default=0)
 
 
 def folder_of(root: Path, turn: int) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vpae.engine.parallel import local
 from vpae.errors import UserError
 
+GIB = 2**30
 BUCKET = 1 << 25  # elements that pass through the device at once: 128 MiB a tensor of each kind in fp32
 
 

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpae import recipe as recipes
+from vpae.engine.checkpoint import kept_bytes
+from vpae.engine.host import GIB
 from vpae.errors import UserError
 from vpae.plan.ledger import ACTIVATIONS, GATHERED, TEMPORARY
-from vpae.plan.shapes import GIB, Shapes, shapes_of
+from vpae.plan.shapes import Shapes, shapes_of
 from vpae.plan.simulate import Hardware, PhaseLoad, TurnLoad, simulate
 from vpae.recipe import Distill
 from vpae.runs import PHASES
 
-KEPT_FREE = 0.10  # of a card: CUDA's context, NCCL's buffers, the allocator's fragments; none of them can be simulated
-LEAST_FREE = 0.04  # below it the context and NCCL alone do not fit
+# Shares of a card that are kept free for what cannot be simulated; chosen, not yet measured on a GPU
+_NCCL = 0.04  # its buffers, which a single GPU has none of
+_CONTEXT_AND_FRAGMENTS = 0.06  # CUDA's context, and what the allocator cannot hand out
+_LEAST = 0.04  # below it the context and NCCL alone do not fit
+_FRAGMENTS = 0.02  # of what is free once CUDA's context is there: no plan needs less than that
 PROCESS = 3 * GIB  # host memory of a rank before anything of ours: Python, torch, CUDA's own
 _FILE = 2 * GIB  # that a rank writes of a checkpoint at once, as vpae.engine.checkpoint splits it
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
@@ -73,6 +78,7 @@ class Plan:
 
     Attributes:
         memory: of a card, bytes.
+        in_use: ``memory`` is what a process with CUDA's context finds free, and not the whole card.
     """
 
     recipe: Distill
@@ -80,11 +86,28 @@ class Plan:
     memory: float
     shapes: Shapes
     phases: dict[str, PhasePlan]
+    in_use: bool = False
+
+    @property
+    def kept_free(self) -> float:
+        """Share of the memory that a phase which fits leaves free."""
+        return _CONTEXT_AND_FRAGMENTS + (_NCCL if self.hardware.ranks > 1 else 0.0)
+
+    @property
+    def least_free(self) -> float:
+        """Share of the memory without which a phase does not run."""
+        return _FRAGMENTS if self.in_use else _LEAST
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all checkpoints at once."""
+        sizes = [phase.checkpoint for phase in self.phases.values()]
+        return round(kept_bytes(sizes, self.recipe.engine.keep_checkpoints))
 
     def verdict(self, phase: str) -> str:
         """Whether a phase fits: with the allowance kept free, only without it, or not at all."""
         share = self.phases[phase].peak / self.memory
-        return FITS if share <= 1 - KEPT_FREE else TIGHT if share <= 1 - LEAST_FREE else TOO_LARGE
+        return FITS if share <= 1 - self.kept_free else TIGHT if share <= 1 - self.least_free else TOO_LARGE
 
     @property
     def failing(self) -> list[str]:
@@ -103,7 +126,9 @@ def load_of(recipe: Distill, phase: str, shapes: Shapes, hardware: Hardware, blo
     layout = {key: plain[key] for key in ("teacher", "student", phase)} | {"engine": dict(plain["engine"])}
     for key in ("log_every", "sample_every", "samples", "checkpoint_every", "keep_checkpoints", "async_checkpoints"):
         del layout["engine"][key]
-    key = recipes.digest({"layout": layout, "of": [phase, blocks, shapes.config, shapes.latent, shapes.text_rows]})
+    key = recipes.digest(
+        {"layout": layout, "of": [phase, blocks, shapes.config, shapes.kind, shapes.latent, shapes.text_rows]}
+    )
     key += f" {hardware}"
     if key not in _memory:
         _memory[key] = simulate(recipe, phase, shapes, hardware, blocks)
@@ -139,7 +164,13 @@ def _further(few: PhaseLoad, more: PhaseLoad, steps: float) -> PhaseLoad:
 
 
 def make_plan(
-    recipe: recipes.Recipe, hardware: Hardware, memory: float, *, whole: bool = False, phases: tuple[str, ...] = PHASES
+    recipe: recipes.Recipe,
+    hardware: Hardware,
+    memory: float,
+    *,
+    whole: bool = False,
+    phases: tuple[str, ...] = PHASES,
+    in_use: bool = False,
 ) -> Plan:
     """Plan a recipe.
 
@@ -147,6 +178,7 @@ def make_plan(
         memory: of a card, bytes.
         whole: simulate every block, which takes minutes for a large network.
         phases: of these, those that the recipe has.
+        in_use: ``memory`` is what a process with CUDA's context finds free of it.
 
     Raises:
         UserError: the recipe is of another kind, or cannot run on these ranks.
@@ -161,14 +193,14 @@ def make_plan(
         for phase in phases
         if getattr(recipe, phase) is not None
     }
-    return Plan(recipe, hardware, memory, shapes, found)
+    return Plan(recipe, hardware, memory, shapes, found, in_use)
 
 
 def _phase(recipe: Distill, load: PhaseLoad, shapes: Shapes) -> PhasePlan:
     turns = {}
     for name, turn in load.turns.items():
         fullest = max(turn.segments, key=lambda kinds: sum(kinds.values()))
-        turns[name] = TurnPlan(_tidy(fullest), turn.flops, turn.turns)
+        turns[name] = TurnPlan(_tidy({**fullest, "VAE, for samples": shapes.vae}), turn.flops, turn.turns)
     # torch holds a file's bytes up to three times while it writes it
     writing = 3 * min(_FILE, load.checkpoint_share)
     host = {"process": PROCESS, **load.host, "checkpoint being written": writing}
@@ -184,10 +216,13 @@ def _tidy(kinds: Mapping[str, float]) -> dict[str, float]:
     """In the order in which they are read: what stays, then what a turn adds."""
 
     def place(kind: str) -> int:
-        stays = ("weights", "EMA", "optimiser", "gradients", GATHERED, ACTIVATIONS, "other", TEMPORARY)
+        stays = ("weights", "VAE", "EMA", "optimiser", "gradients", GATHERED, ACTIVATIONS, "other", TEMPORARY)
         return next((i for i, word in enumerate(stays) if kind.startswith(word)), len(stays))
 
-    return {kind: kinds[kind] for kind in sorted(kinds, key=place) if abs(kinds[kind]) >= 1}
+    below = sum(size for size in kinds.values() if size < 0)  # two shallow networks may be fullest at unlike moments
+    sizes = {kind: size for kind, size in kinds.items() if size > 0}
+    sizes[TEMPORARY] = sizes.get(TEMPORARY, 0.0) + below
+    return {kind: sizes[kind] for kind in sorted(sizes, key=place) if abs(sizes[kind]) >= 1}
 
 
 def document(plan: Plan, tflops: float) -> dict[str, Any]:
@@ -222,7 +257,7 @@ def document(plan: Plan, tflops: float) -> dict[str, Any]:
         "gpus": plan.hardware.ranks,
         "machines": plan.hardware.machines,
         "gpu_memory": round(plan.memory),
-        "kept_free": KEPT_FREE,
+        "kept_free": round(plan.kept_free, 3),
         "tflops": tflops,
         "tokens": plan.shapes.tokens,
         "parameters": round(max(p.parameters for p in plan.phases.values())),
@@ -232,5 +267,5 @@ def document(plan: Plan, tflops: float) -> dict[str, Any]:
         "phases": phases,
         "seconds": seconds,
         "gpu_hours": seconds * plan.hardware.ranks / 3600,
-        "disk": round((engine.keep_checkpoints + 1) * sum(p.checkpoint for p in plan.phases.values())),
+        "disk": plan.disk,
     }

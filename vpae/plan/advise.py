@@ -9,7 +9,7 @@ from typing import Any
 
 from vpae import recipe as recipes
 from vpae.errors import UserError
-from vpae.plan.account import LEAST_FREE, TIGHT, Plan, TurnPlan, make_plan
+from vpae.plan.account import TIGHT, Plan, TurnPlan, make_plan
 from vpae.plan.ledger import ACTIVATIONS, TEMPORARY
 from vpae.recipe import Distill, Lora
 
@@ -151,7 +151,7 @@ def _pairs(single: list[Change]) -> Iterator[tuple[Change, Change]]:
 
 
 def _could(plan: Plan, several: tuple[Change, ...]) -> bool:
-    room = plan.memory * (1 - LEAST_FREE)
+    room = plan.memory * (1 - plan.least_free)
     turns = [turn for phase in plan.failing for turn in plan.phases[phase].turns.values()]
     return all(turn.peak - sum(change.spares(turn) for change in several) <= room for turn in turns)
 
@@ -163,7 +163,11 @@ def _planned(plan: Plan, several: tuple[Change, ...]) -> Plan | None:
         recipe = change.apply(recipe)
     try:
         recipe = recipes.from_plain(recipes.to_plain(recipe), recipe.name)
-        first = make_plan(recipe, plan.hardware, plan.memory, phases=tuple(plan.failing))
-        return first if first.failing else make_plan(recipe, plan.hardware, plan.memory, phases=tuple(plan.phases))
+
+        def planned(phases: list[str]) -> Plan:
+            return make_plan(recipe, plan.hardware, plan.memory, phases=tuple(phases), in_use=plan.in_use)
+
+        first = planned(plan.failing)
+        return first if first.failing else planned(list(plan.phases))
     except UserError:  # no such recipe, or not on these ranks
         return None

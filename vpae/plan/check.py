@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from vpae import recipe as recipes
-from vpae.engine.host import free_memory
+from vpae.engine.host import GIB, free_memory
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
-from vpae.plan.shapes import GIB, Shapes, shapes_of
+from vpae.plan.shapes import Shapes, shapes_of
 from vpae.recipe import Distill, Distillation
 from vpae.weights import unborn_transformer
 
@@ -30,8 +30,8 @@ OVERRIDE = "--no-plan-check goes on all the same"
 def check_room(recipe: Distillation, processes: Processes) -> None:
     """Refuse a recipe that cannot fit here; all ranks call it.
 
-    On GPUs it is planned with what is free on the fullest of them. On CPUs it is refused where the weights, their
-    optimiser and gradients alone are more than the machine has left.
+    On GPUs it is planned with what is free on the fullest of them, where CUDA's context has been taken off already. On
+    CPUs it is refused where the weights, their optimiser and gradients alone are more than the machine has left.
 
     Raises:
         UserError: it does not fit.
@@ -99,7 +99,7 @@ def planned_refusal(recipe: Distill, ranks: int, machines: int, memory: int) -> 
     with tempfile.TemporaryDirectory() as name:
         stored, made = Path(name) / "recipe.yaml", Path(name) / "plan.json"
         stored.write_text(recipes.dump(recipe), encoding="utf-8")
-        sizes = ["--gpus", str(ranks), "--machines", str(machines), "--gpu-memory", str(memory / GIB)]
+        sizes = ["--gpus", str(ranks), "--machines", str(machines), "--gpu-memory", str(memory / GIB), "--in-use"]
         command = [sys.executable, "-m", "vpae", "plan", str(stored), *sizes, "--json", str(made)]
         # no card is touched, so that nothing of it is taken
         done = subprocess.run(command, capture_output=True, text=True, env=variables | {"CUDA_VISIBLE_DEVICES": ""})

@@ -6,11 +6,11 @@ import argparse
 import sys
 
 from vpae import recipe as recipes
+from vpae.engine.host import GIB
 from vpae.errors import UserError
 from vpae.files import write_json
 from vpae.plan.account import document, make_plan
 from vpae.plan.advise import advise
-from vpae.plan.shapes import GIB
 from vpae.plan.show import advice_text, plan_text
 from vpae.plan.simulate import Hardware
 
@@ -23,7 +23,7 @@ def plan(arguments: argparse.Namespace) -> bool:
     """
     recipe = recipes.load(arguments.recipe, tuple(arguments.overrides))
     hardware = Hardware(arguments.gpus, arguments.machines)
-    made = make_plan(recipe, hardware, arguments.gpu_memory * GIB, whole=arguments.whole)
+    made = make_plan(recipe, hardware, arguments.gpu_memory * GIB, whole=arguments.whole, in_use=arguments.in_use)
     print(plan_text(made, arguments.tflops), flush=True)
     written = document(made, arguments.tflops)
     advice = None

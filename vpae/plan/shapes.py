@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from vpae.conditioning import TEXT_LENGTH, Condition
+from vpae.conditioning import TEXT_LENGTH, Condition, Kind
 from vpae.data.bounce import World
-from vpae.data.encoders import transformer_config
+from vpae.data.encoders import pipeline_kind, transformer_config
 from vpae.draws import Draws
 from vpae.errors import UserError
 from vpae.methods.base import Batch
@@ -19,12 +19,11 @@ from vpae.models import find_model
 from vpae.recipe import Distill
 from vpae.released import TRANSFORMERS
 
-GIB = 2**30
 _FOLDED_ROWS = 64  # of text, where padding is folded and no cache says how many: Bounce's longest captions have fewer
 _CLIP_TOKENS = 257  # of ViT-H/14 at 224 px, as Wan's
 _FRAMES, _PIXELS = 4, {16: 8, 48: 16}  # strides of the VAEs of Wan2.1 and Wan2.2, by channels
-# parameters of umT5-XXL's encoder, CLIP ViT-H/14 and the VAE, which encode clips in fp32
-_RELEASED_ENCODERS = 5_680_910_336 + 632_076_800 + 126_892_531
+# parameters of what encodes clips, in fp32: umT5-XXL's encoder, CLIP ViT-H/14, and the VAEs of Wan2.1 and Wan2.2
+_TEXT_ENCODER, _IMAGE_ENCODER, _VAE = 5_680_910_336, 632_076_800, {16: 126_892_531, 48: 704_688_668}
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,21 @@ class Shapes:
 
     Attributes:
         config: of the transformer.
+        kind: how it is conditioned.
         latent: ``(C, T, h, w)`` of a clip.
         text_rows: of a condition.
         image_tokens: of a condition.
-        encoders: bytes of the text and image encoders and the VAE in fp32.
+        encoders: bytes of the VAE and the text and image encoders in fp32, as many of them as the kind has.
+        vae: of them, the VAE's, which stays on the device for samples.
     """
 
     config: dict[str, Any]
+    kind: Kind
     latent: tuple[int, int, int, int]
     text_rows: int
     image_tokens: int
     encoders: float
+    vae: float
 
     @property
     def tokens(self) -> int:
@@ -59,9 +62,11 @@ class Shapes:
             return torch.zeros(count, *shape)
 
         image = latent = mask = None
-        if config.get("image_dim"):
-            image = zeros(self.image_tokens, config["image_dim"])
-        if config["in_channels"] > config["out_channels"]:
+        if self.kind == "ti2v":
+            latent = zeros(self.latent[0], 1, *self.latent[2:])
+        elif self.kind == "i2v":
+            if config.get("image_dim"):
+                image = zeros(self.image_tokens, config["image_dim"])
             latent = zeros(*self.latent)
             mask = zeros(config["in_channels"] - 2 * self.latent[0], *self.latent[1:])
         x0, text = zeros(*self.latent), zeros(self.text_rows, config["text_dim"])
@@ -86,7 +91,8 @@ def shapes_of(recipe: Distill) -> Shapes:
     rows = TEXT_LENGTH
     if recipe.teacher.fold_text_padding:
         rows = _read(Path(recipe.data.cache), "manifest.json").get("text_rows", _FOLDED_ROWS)
-    return Shapes(config, latent, int(rows), tokens, _encoders(folder))
+    kind = _kind(folder, config)
+    return Shapes(config, kind, latent, int(rows), tokens, *_encoders(folder, kind, config["out_channels"]))
 
 
 def _teacher(path: str) -> tuple[Path | None, dict[str, Any]]:
@@ -99,12 +105,24 @@ def _teacher(path: str) -> tuple[Path | None, dict[str, Any]]:
     return folder, transformer_config(folder)
 
 
-def _encoders(folder: Path | None) -> float:
-    """Bytes in fp32 of what encodes clips; files are taken to be in fp32, which released ones are at least in part."""
+def _kind(folder: Path | None, config: dict[str, Any]) -> Kind:
+    """As the pipeline says; of a model that is not there yet, as its channels tell the released ones apart."""
+    if folder is not None and (folder / "model_index.json").is_file():
+        return pipeline_kind(folder)
+    if config["in_channels"] > config["out_channels"]:
+        return "i2v"
+    return "ti2v" if config["out_channels"] == 48 else "t2v"
+
+
+def _encoders(folder: Path | None, kind: Kind, channels: int) -> tuple[float, float]:
+    """Bytes in fp32 of all that encodes clips, and of the VAE; files are taken to be in fp32, as released ones mostly
+    are."""
     if folder is None:
-        return 4.0 * _RELEASED_ENCODERS
-    parts = ("text_encoder", "image_encoder", "vae")
-    return float(sum(file.stat().st_size for part in parts for file in (folder / part).glob("*.safetensors")))
+        sizes = [_VAE.get(channels, 0), _TEXT_ENCODER, _IMAGE_ENCODER if kind == "i2v" else 0]
+        return 4.0 * sum(sizes), 4.0 * sizes[0]
+    parts = ("vae", "text_encoder", *(("image_encoder",) if kind == "i2v" else ()))
+    found = [sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) for part in parts]
+    return float(sum(found)), float(found[0])
 
 
 def _clip(source: dict[str, Any]) -> tuple[int, int, int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vpae.plan.account import KEPT_FREE, Plan
+from vpae.engine.host import GIB
+from vpae.plan.account import Plan
 from vpae.plan.advise import Advice
-from vpae.plan.shapes import GIB
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -31,7 +31,7 @@ def _duration(seconds: float) -> str:
 def headline(plan: Plan) -> str:
     """What is planned, in one line."""
     hardware, recipe, engine = plan.hardware, plan.recipe, plan.recipe.engine
-    where = f"{hardware.ranks} x {plan.memory / GIB:.0f} GiB"
+    where = f"{hardware.ranks} x {plan.memory / GIB:.4g} GiB"
     machines = f" on {hardware.machines} machines" if hardware.machines > 1 else ""
     parameters = max(phase.parameters for phase in plan.phases.values())
     how = [f"{recipe.student.kind} student", f"teacher {recipe.teacher.dtype}", engine.parallel]
@@ -59,7 +59,7 @@ def phase_lines(plan: Plan, name: str, tflops: float) -> list[str]:
     host = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in phase.host.items())
     loading = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in phase.loading.items())
     return [
-        f"{name}: {plan.verdict(name)}, {phase.peak / GIB:.1f} of {plan.memory / GIB:.0f} GiB "
+        f"{name}: {plan.verdict(name)}, {phase.peak / GIB:.1f} of {plan.memory / GIB:.4g} GiB "
         f"({100 * phase.peak / plan.memory:.0f} %)",
         *_aligned(rows),
         f"  host memory a machine: {ranks * sum(phase.host.values()) / GIB:.0f} GiB; GiB a rank: {host}",
@@ -75,13 +75,12 @@ def plan_text(plan: Plan, tflops: float) -> str:
         lines += [*phase_lines(plan, name, tflops), ""]
     seconds = sum(plan.seconds(name, tflops * 1e12) for name in plan.phases)
     keep = plan.recipe.engine.keep_checkpoints
-    disk = (keep + 1) * sum(phase.checkpoint for phase in plan.phases.values())
     lines += [
         f"The run: {_duration(seconds)} at {tflops:g} TFLOP/s, {seconds * plan.hardware.ranks / 3600:,.0f} GPU hours "
         "(communication, data and samples come on top)",
-        f"Disk: {disk / 1e9:,.0f} GB for checkpoints ({keep} kept a phase and one being written)",
-        f"Kept free: {100 * KEPT_FREE:.0f} % of each GPU for what cannot be simulated (CUDA's context, NCCL's buffers, "
-        "fragments)",
+        f"Disk: {plan.disk / 1e9:,.0f} GB for checkpoints ({keep} kept a phase and one being written)",
+        f"Kept free: {100 * plan.kept_free:.0f} % of each GPU for what cannot be simulated (CUDA's context, "
+        f"{'NCCL buffers, ' if plan.hardware.ranks > 1 else ''}fragments)",
     ]
     return "\n".join(lines)
 

@@ -110,7 +110,7 @@ class _Simulated(Processes):
         return action()
 
 
-class _Silent:
+class Silent:
     """In the tracker's place: says nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -325,7 +325,7 @@ def _turn(trainer: Trainer, name: str, micro_batches: int, ledger: Ledger) -> Tu
     trainer._step = stepping
     try:
         ledger.start()
-        trainer._take_turn(_Silent())
+        trainer._take_turn(Silent())
     finally:
         del trainer._step
     segments = tuple(segment.kinds() for segment in ledger.segments)

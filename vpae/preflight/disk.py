@@ -13,12 +13,12 @@ from vpae.conditioning import TEXT_LENGTH, Kind
 from vpae.data.encoders import latent_shape, pipeline_kind, transformer_config, vae_config
 from vpae.data.shards import FIELDS, MANIFEST
 from vpae.data.sources import open_source
-from vpae.engine.checkpoint import stored_shapes
+from vpae.engine.checkpoint import kept_bytes, stored_shapes
+from vpae.engine.host import GIB
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.models import find_model
-from vpae.peer_recipe import Apt, Dmd2
-from vpae.preflight.machine import GIB, Line
+from vpae.preflight.machine import Line
 from vpae.recipe import Distillation
 from vpae.runs import phases_of
 from vpae.sections import Lora
@@ -83,9 +83,9 @@ def _seen(file: Path, token: str) -> float:
     return -1.0
 
 
-def checkpoint_bytes(recipe: Distillation) -> int:
-    """About what one checkpoint of the largest phase takes: student and who trains against it, both with Adam's
-    moments, and the EMA. Heads are left out.
+def checkpoint_bytes(recipe: Distillation, phase: str) -> int:
+    """About what one checkpoint of a phase takes: student and who trains against it, both with Adam's moments, and the
+    EMA. Heads, some thousandths of it, are left out.
 
     Raises:
         UserError: the teacher is not there.
@@ -95,21 +95,21 @@ def checkpoint_bytes(recipe: Distillation) -> int:
     student = sum(_elements(shape) for shape in shapes.values())
     if recipe.student.kind == "lora":
         student = _adapter(shapes, recipe.student.lora)
-    return student * (4 + moments + 4) + _opponent(recipe, shapes, student) * (4 + moments)
+    return student * (4 + moments + 4) + _opponent(recipe, phase, shapes, student) * (4 + moments)
 
 
-def _opponent(recipe: Distillation, shapes: dict[str, tuple[int, ...]], student: int) -> int:
-    """Weights of the largest network that trains against one of ``student`` weights."""
+def _opponent(recipe: Distillation, phase: str, shapes: dict[str, tuple[int, ...]], student: int) -> int:
+    """Weights of the network that trains in a phase against a student of ``student`` weights."""
     if isinstance(recipe, recipes.Peer):
-        if isinstance(recipe.method, Apt):
+        if phase == "apt":
             return student
-        if not isinstance(recipe.method, Dmd2):
+        if phase != "dmd2":
             return 0
         lora = recipe.method.fake_lora
         return sum(map(_elements, shapes.values())) if lora is None else _adapter(shapes, lora)
-    fake = 0 if recipe.priming is None else _adapter(shapes, recipe.priming.fake_lora)
-    judged = recipe.equilibrium is not None and recipe.equilibrium.judge == "trainable"
-    return max(fake, student if judged else 0)
+    if phase == "priming":
+        return _adapter(shapes, recipe.priming.fake_lora)
+    return student if recipe.equilibrium.judge == "trainable" else 0
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -129,7 +129,8 @@ def output_bytes(recipe: recipes.Recipe) -> int:
     if not isinstance(recipe, Distillation):
         return 0
     try:
-        return checkpoint_bytes(recipe) * (len(phases_of(recipe)) * recipe.engine.keep_checkpoints + 1)
+        sizes = [checkpoint_bytes(recipe, phase) for phase in phases_of(recipe)]
+        return round(kept_bytes(sizes, recipe.engine.keep_checkpoints))
     except (UserError, OSError, ValueError):  # told of under "teacher"
         return 0
 

@@ -22,12 +22,12 @@ import torch
 from vpae import __version__
 from vpae import recipe as recipes
 from vpae.data.encoders import transformer_config
+from vpae.engine.host import GIB
 from vpae.engine.parallel import device_of_rank
 from vpae.errors import UserError
 from vpae.extras import ATTENTION_BACKENDS, check_attention_backend
 from vpae.models import find_model, weights_fingerprint
 
-GIB = 1 << 30
 _LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors")
 _VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_")
 _FILES = 4096  # open files: a shard of the cache each, a socket to each rank, the teacher's files
