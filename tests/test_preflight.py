@@ -16,6 +16,7 @@ from helpers import make_trainer, write_recipe
 from vpae import recipe as recipes
 from vpae.engine.parallel import start
 from vpae.preflight import disk, machine, preflight
+from vpae.runs import phases_of
 
 GPU = {
     "index": 0,
@@ -231,6 +232,7 @@ def test_a_rank_that_never_comes_is_named():
 HANGS = """
 import sys, time
 from vpae.preflight import machine
+from vpae.runs import phases_of
 from vpae.__main__ import main
 from vpae.runs import phases_of
 machine.facts = lambda *_: time.sleep(600)
