@@ -232,9 +232,7 @@ def test_a_rank_that_never_comes_is_named():
 HANGS = """
 import sys, time
 from vpae.preflight import machine
-from vpae.runs import phases_of
 from vpae.__main__ import main
-from vpae.runs import phases_of
 machine.facts = lambda *_: time.sleep(600)
 main()
 """
