@@ -4,7 +4,8 @@
 # The same command goes on where it was stopped or fell over. --dry-run only says what would be run.
 #   RANKS=8            processes, one a GPU (2 on a CPU, to try it: RANKS=2)
 #   MAX_RESTARTS=3     times that all ranks are started again, from the last checkpoint, when one is lost
-#   GPU_MEMORY=79.2    GiB of each GPU, for vpae plan (default: as the first GPU says; none, or without a GPU: no plan)
+#   GPU_MEMORY=79.2    GiB of each GPU, for vpae plan (default: as the first GPU says; none, or without a GPU: no plan).
+#                      It plans recipes of kind distill; with --no-plan-check none.
 #   PYTHON=...         interpreter that vpae is installed for (default: .venv of this checkout)
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +20,11 @@ total='import torch; print(round(torch.cuda.get_device_properties(0).total_memor
 gpu_memory=${GPU_MEMORY:-$("$python" -c "$total")}
 
 step "$python" -m vpae preflight "${with[@]}" --output "$output" --ranks "$ranks"
-if [[ $gpu_memory != none ]]; then
+planned=$(sed -n 's/^kind:[[:space:]]*\([a-z_]*\).*/\1/p' "$recipe")
+for argument in ${more[@]+"${more[@]}"}; do
+    if [[ $argument == --no-plan-check ]]; then planned=no; fi
+done
+if [[ $gpu_memory != none && $planned == distill ]]; then
     step "$python" -m vpae plan "${with[@]}" --gpus "$ranks" --gpu-memory "$gpu_memory"
 fi
 step "$python" -m vpae cache "${with[@]}" --ranks "$ranks"

@@ -28,8 +28,8 @@ unset MASTER_ADDR MASTER_PORT NODE_RANK
 
 # Ranks that are started again need a store of their own: pytorch issue 135712.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Seconds that ranks have to finish their turn and save after a signal.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+# Seconds that ranks have after a signal to end their micro-batch and to save: 271 GB of a 14B student at 0.15 GB/s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 # torchrun sets 1 and says so in a banner.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) - 1) / ${RANKS:-8}) + 1))}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
+import weakref
 
 import numpy as np
 import pytest
+import torch
 from helpers import write_recipe
 from PIL import Image
 
@@ -116,6 +119,53 @@ def test_sample_from_a_picture_and_a_prompt(vpae, micro_recipe, finished, tmp_pa
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "000-photo.mp4").stat().st_size > 0
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("full", "fp32"), ("full", "bf16"), ("lora", "bf16")])
+def test_sample_lets_the_encoders_go_before_it_reads_the_transformer(
+    micro_recipe, tmp_path, monkeypatch, kind, precision
+):
+    """And holding matrices in bf16 gives bit for bit what autocast over fp32 gives."""
+    from vpae import commands, loading
+    from vpae import recipe as recipes
+    from vpae.__main__ import build_parser
+    from vpae.distill import distill
+    from vpae.engine.parallel import start
+    from vpae.extras import sample_with
+    from vpae.sampling import sample_latents
+
+    micro_recipe["student"]["kind"], micro_recipe["equilibrium"] = kind, None
+    micro_recipe["priming"]["student_steps"] = 1
+    assert distill(recipes.from_plain(micro_recipe, "test"), tmp_path / "run", False, start())
+    encoders, order, made = [], [], []
+
+    class Seen(commands.Encoders):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            encoders.extend(weakref.ref(p) for p in (self.pipeline.text_encoder, self.pipeline.image_encoder))
+
+    def give_memory(backbone, processes):
+        gc.collect()
+        order.append([encoder() is None for encoder in encoders])
+        return born(backbone, processes)
+
+    def sampled(role, *arguments, **options):
+        matrices = {p.dtype for n, p in role.backbone.transformer.named_parameters() if ".to_q" in n and p.ndim == 2}
+        made.append((matrices, arguments, options, sample_latents(role, *arguments, **options)))
+        return made[-1][-1]
+
+    born = loading.give_memory
+    monkeypatch.setattr(commands, "Encoders", Seen)
+    monkeypatch.setattr(loading, "give_memory", give_memory)
+    monkeypatch.setattr(commands, "sample_latents", sampled)
+    options = ["--precision", precision, "--guidance-scale", "2.0", "--output", str(tmp_path / "out")]
+    assert commands.sample(build_parser().parse_args(["sample", str(tmp_path / "run"), "--bounce", "2", *options]))
+    assert order == [[True, True]] and len(made) == 2
+    plain = loading.load_model(tmp_path / "run").role
+    sample_with(plain.backbone, "native", precision)
+    for matrices, arguments, options, latents in made:
+        assert matrices == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        assert torch.equal(sample_latents(plain, *arguments, **options), latents)
 
 
 def test_evaluate_writes_scores(vpae, micro_recipe, finished, tmp_path):

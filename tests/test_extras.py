@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def test_backend_without_a_derivative_can_sample(name, installed, monkeypatch):
     package = extras.OPTIONAL_PACKAGES[backend.package]
     installed(backend.package, package.minimum, types.ModuleType(package.module))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", lambda kernel: None)
     assert extras.check_attention_backend(name, training=False) == backend.dispatcher
     with pytest.raises(UserError, match="bf16 alone, and --precision fp32 makes it"):
         extras.check_attention_backend(name, training=False, fp32="--precision fp32")
@@ -221,6 +223,63 @@ def test_a_kernel_of_half_precision_is_refused_where_attention_is_fp32(installed
     assert extras.check_attention_backend("native", fp32="engine.precision: fp32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert extras.check_attention_backend("native_flash", fp32="engine.precision: fp32")  # the CPU's takes both
+
+
+@pytest.fixture
+def hub(installed, monkeypatch):
+    """``hub(get_kernel)``: the package ``kernels`` with this function, on a machine with a GPU; nothing loaded yet."""
+    registry = attention_dispatch._HUB_KERNELS_REGISTRY
+    for kernel, config in list(registry.items()):
+        monkeypatch.setitem(registry, kernel, dataclasses.replace(config, kernel_fn=None, wrapped_forward_fn=None))
+    monkeypatch.setattr(attention_dispatch, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def make(get_kernel):
+        module = types.ModuleType("kernels")
+        module.get_kernel = get_kernel
+        monkeypatch.setitem(sys.modules, "kernels", module)
+        installed("kernels", extras.OPTIONAL_PACKAGES["kernels"].minimum, module)
+
+    return make
+
+
+HUB = [n for n, b in extras.ATTENTION_BACKENDS.items() if b.package == "kernels"]
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_kernel_of_the_hub_that_is_not_there_is_refused_with_the_line_that_fetches_it(hub, name, capfd):
+    def get_kernel(repository, **options):
+        raise FileNotFoundError(f"no local snapshot for {repository}\nand more")
+
+    hub(get_kernel)
+    with pytest.raises(UserError, match=f"attention: {name} is the kernel .*no local snapshot for") as caught:
+        extras.check_attention_backend(name, training=False)
+    config = attention_dispatch._HUB_KERNELS_REGISTRY[
+        attention_dispatch.AttentionBackendName(extras.ATTENTION_BACKENDS[name].dispatcher)
+    ]
+    fetch = f"hf download {config.repo_id} --repo-type kernel --revision v{config.version} --include 'build/*'"
+    assert str(caught.value).endswith(f"fetch it with: {fetch}") and "\n" not in str(caught.value)
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_kernel_of_the_hub_is_loaded_at_start_and_once(hub, name):
+    asked = []
+
+    def get_kernel(repository, **options):
+        asked.append((repository, options["version"]))
+        function = lambda *_: None  # noqa: E731
+        inner = types.SimpleNamespace(_flash_attn_forward=function, _flash_attn_backward=function)
+        return types.SimpleNamespace(
+            __name__="k", flash_attn_func=function, sageattn=function, flash_attn_interface=inner
+        )
+
+    hub(get_kernel)
+    dispatcher = extras.ATTENTION_BACKENDS[name].dispatcher
+    for _ in range(2):
+        assert extras.check_attention_backend(name, training=False) == dispatcher
+    config = attention_dispatch._HUB_KERNELS_REGISTRY[attention_dispatch.AttentionBackendName(dispatcher)]
+    assert asked == [(config.repo_id, config.version)] and callable(config.kernel_fn)
 
 
 @pytest.mark.parametrize(("name", "backend"), extras.ATTENTION_BACKENDS.items())

@@ -94,6 +94,12 @@ def test_a_vae_recipe_that_cannot_be_trained_is_refused(micro_recipe, tmp_path, 
         finetune(recipes.from_plain(plain, "test"), tmp_path / "run", False, start())
 
 
+def test_a_distillation_is_sent_to_its_own_command(micro_recipe, micro_peer, tmp_path):
+    for plain in (micro_recipe, micro_peer("dmd2")):
+        with pytest.raises(UserError, match=rf"of kind {plain['kind']}; run it with: vpae distill$"):
+            finetune(recipes.from_plain(plain, "test"), tmp_path, False, start())
+
+
 def test_vae_training_resumes_exactly_inside_its_curriculum(micro_recipe, tmp_path):
     recipe = recipes.from_plain(_vae_recipe(micro_recipe), "test")
     assert finetune(recipe, tmp_path / "whole", False, start())

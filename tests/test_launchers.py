@@ -93,20 +93,47 @@ def slurm(tmp_path):
 
 
 def test_one_machine_says_what_it_would_run(tmp_path):
-    options = ["--dry-run", "--set", "seed=1", "priming.taps=[1, 2]", "--resume"]
+    options = ["--dry-run", "--set", "seed=1", "equilibrium.taps=[1, 2]", "--resume"]
     shipped = "recipes/wan21_i2v_14b_480p.yaml"
     done = _run("train_8gpu.sh", ROOT / shipped, tmp_path / "run", *options, GPU_MEMORY="80", RANKS="8")
     assert done.returncode == 0, done.stderr
     steps = [line.split(" -m vpae ")[1] for line in done.stdout.splitlines()]
-    with_sets = rf"{ROOT / shipped} --set seed=1 priming.taps=\[1\,\ 2\]"
+    with_sets = rf"{ROOT / shipped} --set seed=1 equilibrium.taps=\[1\,\ 2\]"
     assert steps == [
         f"preflight {with_sets} --output {tmp_path / 'run'} --ranks 8",
         f"plan {with_sets} --gpus 8 --gpu-memory 80",
         f"cache {with_sets} --ranks 8",
         f"distill {ROOT / shipped} --output {tmp_path / 'run'} --ranks 8 --max-restarts 3 --resume "
-        r"--set seed=1 priming.taps=\[1\,\ 2\] --resume",
+        r"--set seed=1 equilibrium.taps=\[1\,\ 2\] --resume",
     ]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("shipped", "more", "planned"),
+    [
+        ("quickstart.yaml", [], True),
+        ("quickstart.yaml", ["--no-plan-check"], False),
+        ("peers/dmd2.yaml", [], False),
+    ],
+)
+def test_only_what_can_be_planned_is(tmp_path, shipped, more, planned):
+    recipe = ROOT / "recipes" / shipped
+    done = _run("train_8gpu.sh", recipe, tmp_path / "run", "--dry-run", *more, GPU_MEMORY="80")
+    assert done.returncode == 0, done.stderr
+    steps = [line.split(" -m vpae ")[1].split()[0] for line in done.stdout.splitlines()]
+    assert steps == ["preflight", *["plan"] * planned, "cache", "distill"]
+    assert ("--no-plan-check" in done.stdout.splitlines()[-1]) == bool(more)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_planned_before(micro_recipe, tmp_path):
+    recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
+    done = _run("train_8gpu.sh", recipe, tmp_path / "run", "--set", f"data.cache={tmp_path / 'cache'}", GPU_MEMORY="80")
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = done.stdout.split("-m vpae cache")
+    assert "-m vpae plan" in before and "fits" in before and "-m vpae distill" in after
+    assert list((tmp_path / "run" / "equilibrium" / "checkpoints").glob("step-*/state.json"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,15 @@ from vpae.roles import Role
 from vpae.runs import phases_of
 from vpae.sampling import sample_latents
 
-NAMES = ("dmd2", "apt", "pcm", "lcm", "ladd", "mse")
+PAPERS = {  # what a student's card names
+    "dmd2": "arXiv 2405.14867",
+    "apt": "arXiv 2501.08316",
+    "pcm": "arXiv 2405.18407",
+    "lcm": "arXiv 2310.04378",
+    "ladd": "arXiv 2403.12015",
+    "mse": "regression of the teacher's samples",
+}
+NAMES = tuple(PAPERS)
 
 
 def _run(plain, folder, resume=False):
@@ -45,7 +53,8 @@ def test_from_the_recipe_to_a_student_that_loads(micro_peer, tmp_path, name):
     batch = _data(plain).fetch([0, 1], Draws(0, [0, 1]))
     latents = sample_latents(model.role, batch.condition, None, batch.draws, steps=1)
     assert latents.shape == batch.x0.shape and latents.isfinite().all()
-    assert ("V-PAE" not in (card := model_card(model, None))) and "by " in card
+    card = model_card(model, None)
+    assert PAPERS[name] in card and "V-PAE" not in card
 
 
 @pytest.mark.parametrize(
@@ -133,7 +142,7 @@ class TestTeacherSamples:
         scheduler = Encoders(recipe.teacher.path).pipeline.scheduler
 
         class Given(Draws):
-            def normal_like(self, purpose, x):
+            def normal(self, purpose, shape):
                 return batch.noise
 
         options = {"steps": 2, "guidance_scale": 2.0, "sampler": "euler", "scheduler": scheduler}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from helpers import make_trainer, write_recipe
 
 from vpae import recipe as recipes
 from vpae.engine.parallel import start
-from vpae.preflight import disk, machine
+from vpae.preflight import disk, machine, preflight
+from vpae.runs import phases_of
 
 GPU = {
     "index": 0,
@@ -114,6 +117,70 @@ def test_room_that_is_asked_for_is_what_a_checkpoint_holds(micro_recipe, tmp_pat
     assert disk.output_bytes(recipe) == 2 * sum(sizes) + sizes[0]  # two a phase, and the one being written
 
 
+@pytest.mark.parametrize("name", ["lcm", "mse", "dmd2", "apt"])
+def test_room_that_a_peer_asks_for_is_what_its_checkpoint_holds(micro_peer, tmp_path, name):
+    """Its last phase's, but for the head."""
+    plain = micro_peer(name)
+    recipe = recipes.from_plain(plain, "test")
+    tensors = make_trainer(plain, plain["method"]["kind"], tmp_path).tensors()
+    numbers = sum(tensor.numel() for key, tensor in tensors.items() if not re.search(r"(^|\w\.)head\.(?!judge)", key))
+    sizes = [disk.checkpoint_bytes(recipe, phase) for phase in phases_of(recipe)]
+    assert len(sizes) == (2 if name == "apt" else 1) and sizes[-1] == 4 * numbers
+    assert disk.output_bytes(recipe) == 2 * sum(sizes) + max(sizes)
+
+
+@pytest.mark.parametrize("name", ["dmd2", "mse"])
+def test_a_peer_is_looked_at_as_any_run(micro_peer, tmp_path, name, monkeypatch, capsys):
+    """Its teacher, attention and cache; each fault alone, and none of them in the recipe as it is."""
+    plain = micro_peer(name)
+    plain["data"]["cache"] = str(tmp_path / "cache")
+
+    def report(**changes):
+        recipe = recipes.from_plain(plain | {"teacher": plain["teacher"] | changes}, "test")
+        good = preflight(recipe, tmp_path / "run", 60.0)
+        printed = capsys.readouterr().out.splitlines()
+        return good, [line for line in printed if line.startswith("fails")], printed
+
+    good, wrong, printed = report()
+    assert good and not wrong
+    assert {"teacher", "attention", "cache", "output"} <= {line.split()[1] for line in printed}
+    good, wrong, _ = report(path="nowhere")
+    assert not good and len(wrong) == 1 and "teacher.path 'nowhere' is no folder" in wrong[0]
+    good, wrong, _ = report(attention="flash", fold_text_padding=False)
+    assert not good and len(wrong) == 1 and "attention: flash needs flash-attn" in wrong[0]
+
+
+RELEASED = {  # VAE's config, transformer's config, pipeline's index, numbers of a clip of 17 frames of 64x64
+    "i2v": (
+        {"z_dim": 16},
+        {"text_dim": 4096, "image_dim": 1280},
+        {"_class_name": "WanImageToVideoPipeline"},
+        2 * 16 * 5 * 8 * 8 + 512 * 4096 + 257 * 1280,
+    ),
+    "t2v": ({}, {"text_dim": 4096, "image_dim": None}, {"_class_name": "WanPipeline"}, 16 * 5 * 8 * 8 + 512 * 4096),
+    "ti2v": (
+        {"z_dim": 48, "scale_factor_spatial": 16},
+        {"text_dim": 4096},
+        {"_class_name": "WanPipeline", "expand_timesteps": True},
+        48 * (5 + 1) * 4 * 4 + 512 * 4096,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_room_for_a_cache_by_the_models_own_vae(micro_recipe, tmp_path, kind):
+    vae, transformer, index, numbers = RELEASED[kind]
+    for part, config in (("vae", vae), ("transformer", transformer)):
+        (tmp_path / "model" / part).mkdir(parents=True)
+        (tmp_path / "model" / part / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    micro_recipe["teacher"]["path"] = str(tmp_path / "model")
+    world = {"size": 64, "num_frames": 17}
+    source = {"kind": "bounce", "split": "train", "count": 5, "start": 0, "world": world}
+    micro_recipe["data"] |= {"source": source, "cache": str(tmp_path / "cache")}
+    assert disk.cache_bytes(recipes.from_plain(micro_recipe, "test")) == 5 * 4 * numbers
+
+
 def test_places_to_write(tmp_path, monkeypatch):
     alone = start()
     good = disk.shared("output", tmp_path / "not" / "yet", 1, alone)
@@ -165,7 +232,9 @@ def test_a_rank_that_never_comes_is_named():
 HANGS = """
 import sys, time
 from vpae.preflight import machine
+from vpae.runs import phases_of
 from vpae.__main__ import main
+from vpae.runs import phases_of
 machine.facts = lambda *_: time.sleep(600)
 main()
 """

@@ -346,7 +346,7 @@ def main() -> None:
         print(f"error: {sys.executable} has no {error.name}; {mend}", file=sys.stderr)
         sys.exit(2)
 
-    # inside the training loop a signal finishes the turn and saves; elsewhere everything on disk is whole at any moment
+    # inside the training loop a signal drops the turn at hand and saves; elsewhere the disk is whole at any moment
     signals.interrupt_on_signals()
     leave_with_the_launcher()
     saved = "everything is saved"

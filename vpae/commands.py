@@ -20,16 +20,16 @@ from vpae.data.publish import export_bounce, export_pairs
 from vpae.data.shards import REPORT
 from vpae.data.videos import fit, write_video
 from vpae.draws import Draws, seed_of
-from vpae.engine.parallel import Processes
+from vpae.engine.parallel import Processes, alone
 from vpae.errors import UserError
-from vpae.evaluation import clips_of, sample_clips
+from vpae.evaluation import clips_of, encode_clips, sample_clips
 from vpae.export.diffusers import export_student
 from vpae.export.precision import MOTION
 from vpae.export.single import DEFAULT_RANK, export_lora, export_wan
-from vpae.extras import check_attention_backend, sample_with
+from vpae.extras import check_attention_backend
 from vpae.files import write_json
 from vpae.finetune import assemble
-from vpae.loading import Model, load_model
+from vpae.loading import Model, load_model, open_model
 from vpae.models import find_model
 from vpae.recipe import Distillation, FinetuneVae
 from vpae.runs import environment
@@ -109,19 +109,17 @@ def _asked(
     return [None] * len(arguments.prompt), arguments.prompt, [f"{i:03d}" for i in range(len(arguments.prompt))], size
 
 
-def _load(arguments: argparse.Namespace) -> Model:
-    """The model to sample, with the attention kernel and precision asked for."""
+def _open(arguments: argparse.Namespace) -> tuple[Model, Encoders]:
+    """The model to sample, still without weights: umT5 and a 14B transformer have no room beside each other."""
     fp32 = "--precision fp32" if arguments.precision == "fp32" else ""
     check_attention_backend(arguments.attention, training=False, fp32=fp32)
-    model = load_model(arguments.model, arguments.role)
-    sample_with(model.role.backbone, arguments.attention, arguments.precision)
-    return model
+    model = open_model(arguments.model, arguments.role)
+    return model, Encoders(model.pipeline, alone().device)
 
 
 def sample(arguments: argparse.Namespace) -> bool:
     """Images and prompts (or prompts alone) to mp4 and a contact sheet."""
-    model = _load(arguments)
-    encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    model, encoders = _open(arguments)
     shape = model.shape
     num_frames = arguments.num_frames or shape[0]
     if num_frames % 4 != 1:
@@ -129,8 +127,13 @@ def sample(arguments: argparse.Namespace) -> bool:
     pictures, prompts, names, size = _asked(arguments, model, encoders)
     negative = model.negative_prompt if arguments.negative_prompt is None else arguments.negative_prompt
     null_text, rows = encoders.texts([negative]), []
-    for i, (name, picture, prompt) in enumerate(zip(names, pictures, prompts, strict=True)):
-        condition = encoders.condition([picture], [prompt], num_frames).widened(null_text.shape[1])
+    conditions = [
+        encoders.condition([picture], [prompt], num_frames).widened(null_text.shape[1])
+        for picture, prompt in zip(pictures, prompts, strict=True)
+    ]
+    encoders.keep_vae()
+    model.read(arguments.attention, arguments.precision)
+    for i, (name, picture, prompt, condition) in enumerate(zip(names, pictures, prompts, conditions, strict=True)):
         height, width = size if picture is None else picture.shape[:2]
         latents = sample_latents(
             model.role,
@@ -154,9 +157,13 @@ def sample(arguments: argparse.Namespace) -> bool:
 
 def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
     """Judge a model on Bounce clips; every rank samples a part of them."""
-    model = _load(arguments)
-    encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    model, encoders = _open(arguments)
     clips = clips_of(model.world, arguments.split, arguments.clips)
+    conditions = processes.together(
+        lambda: encode_clips(encoders, clips, arguments.batch, model.negative_prompt, processes)
+    )
+    encoders.keep_vae()
+    processes.together(lambda: model.read(arguments.attention, arguments.precision))
     sampled = sample_clips(
         model.role,
         encoders,
@@ -166,7 +173,7 @@ def evaluate(arguments: argparse.Namespace, processes: Processes) -> bool:
         batch=arguments.batch,
         sampler=arguments.sampler,
         guidance_scale=arguments.guidance_scale,
-        negative_prompt=model.negative_prompt,
+        conditions=conditions,
         processes=processes,
     )
     if not processes.is_main:

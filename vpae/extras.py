@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -71,7 +72,8 @@ OPTIONAL_PACKAGES: dict[str, OptionalPackage] = {
         f"{_COMPILED} 'git+https://github.com/thu-ml/SageAttention' (it compiles: nvcc must be on PATH)",
     ),
     "torchao": OptionalPackage("torchao", "torchao.optim", "0.18", "pip install 'torchao>=0.18,<0.19'"),
-    "kernels": OptionalPackage("kernels", "kernels", "0.12", "pip install 'kernels>=0.12'"),
+    # Older ones ask the network which version a kernel has, though it lies in the cache.
+    "kernels": OptionalPackage("kernels", "kernels", "0.17", "pip install 'kernels>=0.17'"),
     # It pins transformers 4.33.2 and numpy<2, which no diffusers that knows Wan2.1 can live with.
     "vbench": OptionalPackage(
         "vbench",
@@ -148,7 +150,8 @@ def check_attention_backend(name: str, *, training: bool = True, masks: bool = F
 
     Raises:
         UserError: The name is unknown, the kernel cannot train or take fp32, its package is missing or broken, or
-            there is no GPU.
+            there is no GPU, or a kernel of the Hub is not in its cache (and, with ``HF_HUB_OFFLINE=0``, cannot be
+            fetched).
     """
     if name not in ATTENTION_BACKENDS:
         raise UserError(f"attention: {name!r} is unknown; choose one of {', '.join(ATTENTION_BACKENDS)}")
@@ -171,7 +174,33 @@ def check_attention_backend(name: str, *, training: bool = True, masks: bool = F
         raise UserError(
             f"attention: {name} runs on an NVIDIA GPU alone and torch {torch.__version__} sees none here; choose native"
         )
+    if backend.package == "kernels":
+        _resolve_of_hub(name, backend.dispatcher)
     return backend.dispatcher
+
+
+def _resolve_of_hub(name: str, dispatcher: str) -> None:
+    """Load a kernel of the Hugging Face Hub as ``set_attention_backend`` will, which comes after clips are encoded.
+
+    Raises:
+        UserError: it is not in the cache, or does not load.
+    """
+    from diffusers.models import attention_dispatch as dispatch
+
+    kernel, level = dispatch.AttentionBackendName(dispatcher), dispatch.logger.level
+    wanted = dispatch._HUB_KERNELS_REGISTRY[kernel]
+    dispatch.logger.setLevel(logging.CRITICAL)  # it would say the same beside our line
+    try:
+        dispatch._maybe_download_kernel_for_backend(kernel)
+    except Exception as error:  # of network, cache, signature, loader and kernel; all mean that it cannot be used
+        revision = wanted.revision or f"v{wanted.version}"
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"attention: {name} is the kernel {wanted.repo_id} of the Hub, which does not load here ({reason}); fetch "
+            f"it with: hf download {wanted.repo_id} --repo-type kernel --revision {revision} --include 'build/*'"
+        ) from error
+    finally:
+        dispatch.logger.setLevel(level)
 
 
 def sample_with(backbone: Any, name: str, precision: str) -> None:

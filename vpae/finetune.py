@@ -327,4 +327,4 @@ def finetune(recipe: recipes.Recipe, folder: Path, resume: bool, processes: Proc
         return train_vae(recipe, folder, resume, processes)
     if isinstance(recipe, FinetuneFlow):
         return train_flow(recipe, folder, resume, processes)
-    raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae {recipe.kind}")
+    raise UserError(f"recipe {recipe.name!r} is of kind {recipe.kind}; run it with: vpae distill")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vpae.data.encoders import transformer_config
 from vpae.engine import checkpoint as checkpoints
 from vpae.engine.parallel import alone
 from vpae.errors import UserError
-from vpae.extras import check_attention_backend
+from vpae.extras import check_attention_backend, sample_with
 from vpae.files import is_path
 from vpae.models import find_model, student_lora, weights_fingerprint, wrap
 from vpae.recipe import Distillation, Engine, FinetuneFlow, Peer, Teacher
@@ -22,7 +23,7 @@ from vpae.roles import Role, add_lora
 from vpae.runs import RECIPE, phases_of
 from vpae.sections import Lora
 from vpae.strict import shown
-from vpae.weights import give_memory, read_weights, unborn_transformer
+from vpae.weights import give_memory, matrices_in_bf16, read_weights, unborn_transformer
 
 ROLES = ("student", "ema", "teacher", "fake_score", "judge")
 
@@ -34,12 +35,26 @@ class Model:
     Attributes:
         recipe: of the run it comes from, None for a plain pipeline folder.
         source: one line for people: which weights these are.
+        fill: gives the role of :func:`open_model` memory and weights.
     """
 
     role: Role
     pipeline: Path
     recipe: recipes.Recipe | None
     source: str
+    fill: Callable[[], None] = lambda: None
+
+    def read(self, attention: str, precision: str) -> None:
+        """Fill the role of :func:`open_model`, to sample through a kernel that was checked, in ``fp32`` or ``bf16``.
+
+        Raises:
+            UserError: its weights are damaged.
+        """
+        transformer = self.role.backbone.transformer
+        if precision == "bf16":
+            matrices_in_bf16(transformer)
+        self.fill()
+        sample_with(self.role.backbone, attention, precision)
 
     @property
     def _source(self) -> dict[str, Any]:
@@ -72,6 +87,17 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
     """Load a pipeline folder, an asset's name, or a role of a run folder (default: ``ema``, the weights that ship).
 
     Raises:
+        UserError: it is neither, or has no such role or no checkpoint yet, or its weights are damaged.
+    """
+    model = open_model(path, role, phase)
+    model.fill()
+    return model
+
+
+def open_model(path: Path, role: str | None = None, phase: str | None = None) -> Model:
+    """As :func:`load_model`, but with a role on the meta device: encoders that are gone later can run before it.
+
+    Raises:
         UserError: it is neither, or has no such role or no checkpoint yet.
     """
     if not is_path(str(path / RECIPE)):
@@ -82,11 +108,10 @@ def load_model(path: Path, role: str | None = None, phase: str | None = None) ->
         raise UserError(f"--role {role} is for run folders; {path} is not one (no {RECIPE} in it)")
     folder = path if (path / "model_index.json").is_file() else find_model(str(path))
     backbone = _plain_backbone(transformer_config(folder))
-    give_memory(backbone, alone())
-    read_weights(backbone, folder, alone())
+    chosen = Role("model", backbone)
     stored = folder / RECIPE
     recipe = recipes.load_stored(stored) if stored.is_file() else None
-    return Model(Role("model", backbone), folder, recipe, str(folder))
+    return Model(chosen, folder, recipe, str(folder), lambda: _give_weights(chosen, folder))
 
 
 def _plain_backbone(config: Mapping[str, Any]) -> Backbone:
@@ -117,18 +142,16 @@ def _from_run(run: Path, role: str, phase: str | None) -> Model:
     base = _base(recipe.teacher, recipe.engine, transformer_config(pipeline))
     if place.stored is None:
         teacher = Role("teacher", base)
-        _give_weights(teacher, pipeline)
-        return Model(teacher, pipeline, recipe, f"{role} {pipeline}")
+        return Model(teacher, pipeline, recipe, f"{role} {pipeline}", lambda: _give_weights(teacher, pipeline))
     own = place.stored.split(".")[-1]
     chosen = Role(own, base) if place.lora is None else add_lora(base, own, place.lora, recipe.seed)
     for name in reversed(phases) if only is None else (only,):
         found = checkpoints.find(run / name / "checkpoints")
         if found is not None:
             _check_base(found, pipeline)
-            _give_weights(chosen, None if chosen.adapter is None else pipeline)
-            tensors = {f"{place.stored}.{key}": p.detach() for key, p in chosen.named_parameters()}
-            checkpoints.load(found, tensors, alone())
-            return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}")
+            base_from = None if chosen.adapter is None else pipeline
+            fill = partial(_read_checkpoint, found, chosen, place.stored, base_from)
+            return Model(chosen, pipeline, recipe, f"{role} of {name}, turn {found.turn}, {run}", fill)
     raise UserError(f"{run} holds no checkpoint{f' of phase {only}' if only else ''} yet")
 
 
@@ -154,6 +177,12 @@ def _give_weights(role: Role, pipeline: Path | None) -> None:
     give_memory(role.backbone, alone())
     if pipeline is not None:
         read_weights(role.backbone, pipeline, alone())
+
+
+def _read_checkpoint(found: checkpoints.Checkpoint, role: Role, stored: str, pipeline: Path | None) -> None:
+    """A role's own weights under the name ``stored`` of a checkpoint, its base as :func:`_give_weights` says."""
+    _give_weights(role, pipeline)
+    checkpoints.load(found, {f"{stored}.{key}": p.detach() for key, p in role.named_parameters()}, alone())
 
 
 @dataclass(frozen=True)
@@ -211,6 +240,5 @@ def _from_teacher_run(run: Path, recipe: FinetuneFlow, role: str) -> Model:
     pipeline = own if (own / "model_index.json").is_file() else find_model(recipe.teacher.path)
     config = transformer_config(pipeline) if recipe.transformer is None else recipe.transformer
     chosen = Role(role, _base(recipe.teacher, recipe.engine, config))
-    _give_weights(chosen, None)
-    checkpoints.load(found, {f"{role}.{key}": p.detach() for key, p in chosen.named_parameters()}, alone())
-    return Model(chosen, pipeline, recipe, f"{role} of flow matching, turn {found.turn}, {run}")
+    fill = partial(_read_checkpoint, found, chosen, role, None)
+    return Model(chosen, pipeline, recipe, f"{role} of flow matching, turn {found.turn}, {run}", fill)

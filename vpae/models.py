@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import nn
 
 from vpae.backbone import Backbone, default_taps
 from vpae.data.cache import Cache
-from vpae.data.encoders import pipeline_kind, transformer_config
+from vpae.data.encoders import latent_shape, pipeline_kind, transformer_config, vae_config
 from vpae.draws import generator_of, seed_of
 from vpae.engine.host import require_memory
 from vpae.engine.parallel import Processes, shard_backbone
@@ -149,16 +148,11 @@ def check_tokens(
         shape: frames, height and width of the clips, px; None where it is not known before they are read.
 
     Raises:
-        UserError: tokens or heads do not divide evenly.
+        UserError: tokens or heads do not divide evenly, or the VAE's config cannot be read.
     """
     if processes.degree == 1 or shape is None:
         return
-    try:
-        vae = json.loads((pipeline / "vae" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the VAE's config.json in {pipeline}: {error}") from None
-    stride, edge = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
-    latent = ((shape[0] - 1) // stride + 1, shape[1] // edge, shape[2] // edge)
+    _, *latent = latent_shape(vae_config(pipeline / "vae"), shape)
     tokens = math.prod(size // patch for size, patch in zip(latent, config.get("patch_size", (1, 2, 2)), strict=True))
     check_split(processes.degree, heads=config.get("num_attention_heads", 40), tokens=tokens)
 

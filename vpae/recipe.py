@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
 from vpae import peer_recipe
 from vpae.errors import UserError
-from vpae.files import is_path
 from vpae.flow import TimeLaw
 from vpae.sections import Head, Lora, Optimiser
-from vpae.strict import build, check_ranges, kind_of, read_yaml, shown
+from vpae.strict import build, kind_of, read_yaml, shown
 
 
 @dataclass(frozen=True)
@@ -354,8 +352,10 @@ def from_plain(plain: dict[str, Any], where: str) -> Recipe:
     kind = plain.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{where}: key 'kind' must be one of {', '.join(KINDS)}, not {shown(kind)}")
+    from vpae.recipe_check import check  # which knows the classes of this module
+
     recipe = build(KINDS[kind], plain, where, "")
-    _check(recipe, where)
+    check(recipe, where)
     return recipe
 
 
@@ -396,86 +396,3 @@ def _override(plain: dict[str, Any], text: str) -> None:
         node[last] = read_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {shown(text)}: the value is not valid YAML") from None
-
-
-def _paths(recipe: Recipe) -> dict[str, str | None]:
-    if isinstance(recipe, FinetuneVae):
-        return {"init": recipe.init}
-    paths = {"teacher.path": recipe.teacher.path, "data.cache": recipe.data.cache}
-    return paths | ({"priming_run": recipe.priming_run} if isinstance(recipe, Distill) else {})
-
-
-def _check(recipe: Recipe, where: str) -> None:
-    """What types cannot say."""
-    check_ranges(recipe, where, "")
-
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(f"{where}: {message}")
-
-    need(
-        is_path(recipe.name)
-        and "/" not in recipe.name
-        and recipe.name not in (".", "..")
-        and recipe.name.isprintable(),
-        f"name {shown(recipe.name)} must be one that a file can have: its run goes to outputs/NAME",
-    )
-    for key, path in _paths(recipe).items():
-        need(path is None or is_path(path), f"{key} {shown(path)} cannot be a path")
-    engine = recipe.engine
-    need(
-        engine.global_batch % engine.micro_batch == 0,
-        f"engine.global_batch {engine.global_batch} is not a multiple of engine.micro_batch {engine.micro_batch}",
-    )
-    if isinstance(recipe, FinetuneVae):
-        need(
-            engine.sequence_parallel == 1,
-            "engine.sequence_parallel splits a transformer's tokens: set it to 1 for a VAE",
-        )
-        need(
-            recipe.training.trained == "all" or recipe.init is not None,
-            "training.trained is decoder, so init must name the VAE whose encoder is kept",
-        )
-    if isinstance(recipe, FinetuneFlow):
-        need(recipe.teacher.dtype == "fp32", "teacher.dtype must be fp32: flow matching trains these weights")
-    if not isinstance(recipe, Distillation):
-        return
-    need(
-        recipe.teacher.dtype == "fp32" or engine.precision == "bf16",
-        "teacher.dtype bf16 has no fp32 to compute in: set engine.precision to bf16, or teacher.dtype to fp32",
-    )
-    if recipe.student.kind == "lora":
-        need(recipe.student.lora is not None, "student.kind is lora, so student.lora must say its rank, alpha, targets")
-        need(
-            engine.ema_on == "device",
-            "engine.ema_on is cpu, and the EMA of a LoRA student is a small adapter on the teacher's weights: set it "
-            "to device",
-        )
-    if isinstance(recipe, Peer):
-        peer_recipe.check(recipe.method, recipe.student.kind, need)
-        return
-    need(recipe.priming is not None or recipe.equilibrium is not None, "both phases are null: nothing to do")
-    need(
-        recipe.priming_run is None or (recipe.priming is None and recipe.equilibrium is not None),
-        "priming_run starts phase II from another run's phase I: set priming: null and keep equilibrium",
-    )
-    if recipe.priming is not None:
-        need(
-            recipe.priming.score_time.low > 0, "priming.score_time.low must be above 0 (the score is infinite at t = 0)"
-        )
-    if recipe.equilibrium is not None:
-        phase = recipe.equilibrium
-        need(
-            float(np.float32(phase.judge_time.high)) < 1,
-            "equilibrium.judge_time.high must be below 1: at t = 1 the judge sees pure noise and no gradient is left",
-        )
-        need(phase.taps is None or len(phase.taps) > 0, "equilibrium.taps names no block; null takes the default ones")
-        on_teacher = recipe.student.kind == "lora" or phase.judge == "frozen"
-        need(
-            recipe.teacher.dtype == "fp32" or not on_teacher or phase.r1.weight == 0 or phase.r1.precision == "engine",
-            "equilibrium.r1.precision fp32 needs a judge of fp32 weights, and this one stands on the teacher's, in "
-            "bf16: set it to engine, or teacher.dtype to fp32",
-        )
-        need(
-            phase.head.width % phase.head.num_heads == 0, "equilibrium.head.width must be a multiple of head.num_heads"
-        )

@@ -15,7 +15,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from vpae.backbone import Backbone
@@ -49,6 +49,17 @@ def store_as(transformer: WanTransformer3DModel, dtype: Literal["fp32", "bf16"])
     for name, parameter in transformer.named_parameters():
         if not exact & set(name.split(".")):
             parameter.data = parameter.data.bfloat16()
+
+
+def matrices_in_bf16(transformer: WanTransformer3DModel) -> None:
+    """Keep the linear layers of the blocks in bf16, for sampling under bf16 autocast.
+
+    That rounds a matrix to bf16 at each use: held so, it gives the same numbers in half the room (14B: 33 GB, not 66).
+    """
+    for block in transformer.blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
 
 
 def give_memory(backbone: Backbone, processes: Processes, *, on_host: bool = False) -> None:

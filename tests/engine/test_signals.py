@@ -1,4 +1,4 @@
-"""SIGTERM saves and says how to go on; kill -9 loses nothing but time."""
+"""SIGTERM drops the turn at hand, saves and says how to go on; kill -9 loses nothing but time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _wait_for(path, seconds=120):
         time.sleep(0.05)
 
 
-def test_sigterm_finishes_the_turn_saves_and_says_how_to_go_on(micro_recipe, tmp_path):
+def test_sigterm_saves_and_says_how_to_go_on(micro_recipe, tmp_path):
     recipe = write_recipe(_long(micro_recipe), tmp_path / "r.yaml")
     whole = _start(recipe, tmp_path / "whole")
     run = _start(recipe, tmp_path / "run")
@@ -117,6 +117,51 @@ def test_a_signal_while_one_rank_trains_and_another_does_not_yet(micro_recipe, t
     for rank, (_, err) in zip(ranks, said, strict=True):
         assert rank.returncode == 0 and "Traceback" not in err, err[-2000:]
     assert "interrupted, the last checkpoint is whole; go on with" in said[0][0]
+
+
+INSIDE = """
+import os, signal
+from vpae.__main__ import main
+from vpae.engine.trainer import Trainer
+
+train, fetched = Trainer.train, []
+
+def train_and_stop(self):
+    fetch = self.run.fetch
+
+    def fetch_and_stop(indices, draws):
+        fetched.append(indices)
+        if os.environ["RANK"] == "1" and len(fetched) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(indices, draws)
+
+    self.run.fetch = fetch_and_stop
+    return train(self)
+
+Trainer.train = train_and_stop
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_inside_a_turn_drops_it_on_all(micro_recipe, tmp_path, vpae):
+    """Two ranks take four micro-batches each a turn; rank 1 hears of it in the second of the third turn."""
+    micro_recipe["engine"] |= {"global_batch": 8, "micro_batch": 1, "log_every": 5}
+    recipe, runs = write_recipe(micro_recipe, tmp_path / "r.yaml"), {}
+    (tmp_path / "inside.py").write_text(INSIDE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "inside.py"), "distill", str(recipe), "--output", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0 and "everything is saved" in done.stdout, done.stderr[-2000:]
+    (state,) = (tmp_path / "run" / "priming" / "checkpoints").glob("step-*/state.json")
+    assert state.parent.name == "step-00000002"
+    for name, more in (("run", ["--resume"]), ("whole", [])):
+        runs[name] = vpae("distill", recipe, "--output", tmp_path / name, *more, ranks=2)
+        assert runs[name].returncode == 0, runs[name].stderr[-2000:]
+    assert "goes on from turn 2" in runs["run"].stdout
+    for phase in ("priming", "equilibrium"):
+        assert differing(read_tensors(tmp_path / "whole" / phase), read_tensors(tmp_path / "run" / phase)) == []
 
 
 @pytest.mark.parametrize("command", ["distill", "quickstart"])

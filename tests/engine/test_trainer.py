@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import signal
 
 import pytest
 import torch
@@ -74,6 +76,41 @@ def test_an_interrupted_run_logs_what_an_undisturbed_one_logs(micro_recipe, tmp_
         assert one.keys() == two.keys()
         timings = {"seconds", "student/seconds", "fake_score/seconds"}
         assert {k: v for k, v in one.items() if k not in timings} == {k: v for k, v in two.items() if k not in timings}
+
+
+@pytest.mark.parametrize(("phase", "turn"), [("priming", 0), ("priming", 3), ("equilibrium", 4), ("equilibrium", 5)])
+def test_a_signal_inside_a_turn_drops_it_and_the_resumed_run_is_an_undisturbed_one(micro_recipe, tmp_path, phase, turn):
+    """It comes while the second of four micro-batches is fetched, of a turn of either player."""
+    micro_recipe["engine"] |= {"log_every": 3, "micro_batch": 1}
+    through = make_trainer(micro_recipe, phase, tmp_path / "through")
+    states = [snapshot(through)]
+    for end in range(1, 7):
+        through.train(until=end)
+        states.append(snapshot(through))
+    stopped = make_trainer(micro_recipe, phase, tmp_path / "halves")
+    fetch, fetched = stopped.run.fetch, []
+
+    def fetch_and_stop(indices, draws):
+        fetched.append(indices)
+        if len(fetched) == 4 * turn + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(indices, draws)
+
+    stopped.run.fetch = fetch_and_stop
+    assert not stopped.train(until=6) and stopped.stopped
+    assert len(fetched) == 4 * turn + 2 and stopped.turn == turn == sum(stopped.steps.values())
+    assert differing(states[turn], snapshot(stopped)) == []
+    assert all(p.grad is None for player in stopped.method.players.values() for p in player.parameters.values())
+    second = make_trainer(micro_recipe, phase, tmp_path / "halves")
+    assert second.resume() and second.turn == turn
+    second.train(until=6)
+    assert differing(states[6], snapshot(second)) == []
+    one, two = (read_log(tmp_path / name / phase / "log.jsonl") for name in ("through", "halves"))
+    assert one and [_timeless(record) for record in one] == [_timeless(record) for record in two]
+
+
+def _timeless(record: dict) -> dict:
+    return {key: value for key, value in record.items() if not key.endswith("seconds")}
 
 
 def test_training_moves_exactly_the_player_whose_turn_it_is(micro_recipe, tmp_path):

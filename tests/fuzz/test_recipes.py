@@ -17,7 +17,7 @@ from vpae.errors import UserError
 from vpae.recipe import Distill
 from vpae.strict import read_yaml
 
-SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 YAML = b"&a |*a |<<: |? |!!python/object/apply:os.system [id]|!!binary |!!set |- |: |{|}|[|]|'|\"|\t|#|---|\n|\r".split(
     b"|"
 )

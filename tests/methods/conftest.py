@@ -125,7 +125,7 @@ def build(micro_recipe):
         micro_recipe[phase] = micro_recipe[phase] | changes
         recipe = from_plain(micro_recipe, "test")
         cast = distillation_cast(recipe.teacher, recipe.student, recipe.engine, recipe.seed)
-        method, _ = getattr(distill, f"_{phase}")(recipe, cast, ALONE)
+        method, _ = distill.method_of(recipe, phase, cast, ALONE)
         roles = {"teacher": cast.teacher, "student": cast.student, "ema": cast.ema}
         if phase == "priming":
             roles["fake_score"] = method.fake_score

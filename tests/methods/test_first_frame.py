@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -135,6 +137,27 @@ def test_losses_are_means_over_the_frames_that_are_made(stage_of):
         real = stage.roles["teacher"].guided_x0(x_t, t, batch.condition, batch.null, settings.guidance_scale)[:, :, 1:]
         gradient = losses.vsd_gradient(x0_hat[:, :, 1:], real, fake, settings.normaliser, t)
     torch.testing.assert_close(outcome.loss, 0.5 * gradient.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "player", "scalar"),
+    [("dmd2", "critic", "flow_matching"), ("dmd2", "student", "vsd"), ("lcm", "student", "consistency")]
+    + [("mse", "student", "regression")],
+)
+def test_so_are_those_of_the_peers(build_peers, stage_of, name, player, scalar, monkeypatch):
+    """Each of them is told of those frames alone, and frame 0 of the data changes none."""
+    stage, batch, shown = build_peers(name), make_batch(), []
+    if name == "mse":
+        batch = replace(batch, noise=batch.draws.normal_like("a sample's noise", batch.x0))
+    for loss in ("flow_matching", "vsd_gradient", "vsd", "pseudo_huber", "regression"):
+        real = getattr(losses, loss)
+        monkeypatch.setattr(losses, loss, lambda *a, real=real: shown.extend(a) or real(*a))
+    values = []
+    for x0 in (batch.x0, torch.cat([batch.x0[:, :, :1] + 50, batch.x0[:, :, 1:]], dim=2)):
+        values.append(float(stage.take_turn(player, replace(batch, x0=x0)).scalars[scalar]))
+    assert values[0] == values[1] > 0
+    clips = [x for x in shown if isinstance(x, torch.Tensor) and x.dim() == 5]
+    assert len(clips) >= 4 and {x.shape[2] for x in clips} == {2}
 
 
 def test_conditional_sds_is_a_mean_over_the_frames_that_are_made(stage_of):

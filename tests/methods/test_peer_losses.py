@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vpae import losses
+from vpae.conditioning import Condition
 from vpae.draws import Draws
 from vpae.flow import TimeLaw, expand_time
 from vpae.methods.base import Batch
@@ -152,11 +153,12 @@ class TestDmd2:
 
 
 def play(method, rates, size=24):
+    nothing = Condition(torch.zeros(size, 1, 1))
     optimisers = {name: torch.optim.Adam(p.parameters.values(), rates[name]) for name, p in method.players.items()}
     for turn in range(method.turns):
         player = method.player_of(turn)
         draws = Draws(0, range(turn * size, (turn + 1) * size))
-        batch = Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), None, None, draws)
+        batch = Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), nothing, None, draws)
         for other in method.players.values():
             for p in other.parameters.values():
                 p.requires_grad_(other.name == player)
@@ -194,7 +196,7 @@ class TestConsistency:
     def test_the_true_consistency_function_is_where_the_loss_vanishes(self, build_peers, gaussian):
         """And as the square of the grid's step, that is, one Euler step of the flow lies between the two sides."""
         draws = Draws(0, range(400))
-        batch = Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), None, None, draws)
+        batch = Batch(1.0 + 0.5 * draws.normal("data", (1, 2, 4, 4)), Condition(torch.zeros(400, 1, 1)), None, draws)
         found = {}
         for steps in (20, 40):
             settings = self.settings(build_peers, grid_steps=steps, grid_shift=1.0, distance="squared")

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,25 @@ def transformer_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"cannot load the transformer in {folder}: {file.name} is damaged ({error})") from None
 
 
+def vae_config(folder: str | Path) -> dict[str, Any]:
+    """The config of the VAE in ``folder``, without its weights.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the VAE's config.json in {folder}: {error}") from None
+
+
+def latent_shape(vae: Mapping[str, Any], shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """``(C, T, h, w)`` of the latents of a clip of ``(frames, height, width)``; what a config lacks is Wan2.1's."""
+    frames, height, width = shape
+    stride, edge = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    return vae.get("z_dim", 16), 1 + (frames - 1) // stride, height // edge, width // edge
+
+
 def load_transformer(folder: str | Path) -> WanTransformer3DModel:
     """The transformer of a pipeline folder, fp32, from safetensors.
 
@@ -168,6 +187,8 @@ class Encoders:
         """Let go of the text and image encoders (umT5-XXL alone is 23 GB in fp32): a cache answers for them now."""
         for name in self._token_encoders:
             setattr(self.pipeline, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def has_pictures(self) -> bool:
@@ -186,9 +207,7 @@ class Encoders:
 
     def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
         """``(C, T, h, w)`` of the latents of a clip of ``(frames, height, width)``."""
-        frames, height, width = shape
-        spatial = self.vae.config.scale_factor_spatial
-        return self.vae.config.z_dim, 1 + (frames - 1) // self.stride, height // spatial, width // spatial
+        return latent_shape(self.vae.config, shape)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         config = self.vae.config

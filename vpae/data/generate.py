@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpae.backbone import Backbone
 from vpae.conditioning import Condition
@@ -15,6 +15,7 @@ from vpae.draws import Draws, seed_of
 from vpae.extras import check_attention_backend
 from vpae.roles import Role
 from vpae.sampling import euler_scheduler, sample_latents
+from vpae.weights import matrices_in_bf16
 
 
 class Teacher:
@@ -30,12 +31,7 @@ class Teacher:
         transformer = load_transformer(encoders.folder)
         transformer.requires_grad_(False)
         if source.precision == "bf16":
-            # under autocast a matrix is rounded to bf16 at each use: held so, it gives the same numbers in half the
-            # room
-            for block in transformer.blocks:
-                for module in block.modules():
-                    if isinstance(module, nn.Linear):
-                        module.to(torch.bfloat16)
+            matrices_in_bf16(transformer)
         transformer.set_attention_backend(kernel)
         self.role = Role("teacher", Backbone(transformer.to(encoders.device)))
         self.source, self.encoders = source, encoders

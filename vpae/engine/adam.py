@@ -1,7 +1,7 @@
 """AdamW whose two moments are kept otherwise than in fp32 on the device: in bf16, in 8 bits, or in host memory.
 
 Each takes the arithmetic of a step from a library, in fp32: torch's own AdamW, or torchao's for 8 bits. Bytes a
-parameter: 8 in fp32 or on the host, 4 in bf16, 2.03 in 8 bits.
+parameter: 8 in fp32 or on the host, 4 in bf16, 2.05 in 8 bits.
 """
 
 from __future__ import annotations

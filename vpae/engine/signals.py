@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted inside the training loop, which finishes its turn and saves; elsewhere an interrupt."""
+"""SIGTERM and SIGINT: noted inside the training loop, which drops its turn and saves; elsewhere an interrupt."""
 
 from __future__ import annotations
 

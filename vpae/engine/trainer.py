@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,9 @@ class _Gathered:
         for key, value in values.items():
             self.sums[key] = self.sums[key] + value.double() if key in self.sums else value.double()
             self.counts[key] = self.counts.get(key, 0) + 1
+
+    def copy(self) -> _Gathered:
+        return _Gathered(dict(self.sums), dict(self.counts))
 
     def means(self) -> dict[str, float]:
         return {k: float(v) / self.counts[k] for k, v in self.sums.items()}
@@ -208,7 +211,9 @@ class Trainer:
     def train(self, until: int | None = None) -> bool:
         """Take turns to the end (or to turn ``until``); True if the end was reached.
 
-        The last state is always checkpointed. SIGTERM and SIGINT finish the turn at hand, save and return False.
+        The last state is always checkpointed. SIGTERM and SIGINT end the turn at hand after this micro-batch (which may
+        be long before the turn's own end, hence before a machine is taken away), drop what it has done, save the state
+        of the turn before and return False.
 
         Raises:
             UserError: a loss or gradient is not finite, the watch stops the run, or the disk is full.
@@ -226,7 +231,9 @@ class Trainer:
                 if self.turn == 0 and self.run.gallery is not None and not self.stopped:
                     self.run.gallery(0, tracker)
                 while self.turn < end and not self.stopped:
-                    self._take_turn(tracker)
+                    if not self._take_turn(tracker, noted):
+                        self.stopped = True
+                        break
                     self.stopped, unwritten = self.processes.agree([bool(noted), self.writer.failed])
                     if unwritten:
                         self.writer.wait()
@@ -261,17 +268,22 @@ class Trainer:
         start = first + self.processes.data_rank * mine
         return [list(range(p, min(p + micro, start + mine))) for p in range(start, start + mine, micro)]
 
-    def _take_turn(self, tracker: Tracker) -> None:
+    def _take_turn(self, tracker: Tracker, noted: Sequence[int] = ()) -> bool:
+        """One turn; False if a signal in ``noted``, on whichever rank, ended it before anything moved."""
         name = self.method.player_of(self.turn)
         player = self.method.players[name]
         for other in self.method.players.values():
             for parameter in other.parameters.values():
                 parameter.requires_grad_(other is player)
         started = time.perf_counter()
-        gathered = self.gathered.setdefault(name, _Gathered())
+        gathered = self.gathered.get(name, _Gathered()).copy()
         micro = self._micro_batches()
         finite = torch.ones((), dtype=torch.bool, device=self.processes.device)
-        for positions in micro:
+        for number, positions in enumerate(micro):
+            # before the first one all ranks have just been asked
+            if number and self.processes.agree([bool(noted)])[0]:
+                _drop_gradients(player)
+                return False
             draws = Draws(self.run.seed, positions, self.processes.device)
             indices = [self.stream.index(p) for p in positions]
             batch = self.processes.together(lambda i=indices, d=draws: self.run.fetch(i, d))
@@ -286,18 +298,19 @@ class Trainer:
         gathered.add({"gradient_norm": norm})
         self.seconds += time.perf_counter() - started
         gathered.add({"seconds": torch.tensor(time.perf_counter() - started)})
+        self.gathered[name] = gathered
         self.steps[name] += 1
         self.turn += 1
         tracker.advance()
         self._report(name, tracker)
+        return True
 
     def _step(self, player: Player, finite: Tensor) -> Tensor:
         parameters = list(player.parameters.values())
         average_gradients(parameters, self.processes)
         norm = optim.gradient_norm(parameters)
         if self.processes.agree([not bool(finite & norm.isfinite())])[0]:
-            for parameter in parameters:
-                parameter.grad = None
+            _drop_gradients(player)
             raise UserError(
                 f"turn {self.turn} ({player.name}): loss or gradient is not finite on at least one rank; nothing was "
                 "updated, the last checkpoint is whole. --resume takes the same turns again: use it if the machine was "
@@ -335,6 +348,11 @@ class Trainer:
             return
         for alarm in self.run.watch.look(self.steps.get("student", 0), signs):
             tracker.say(alarm)
+
+
+def _drop_gradients(player: Player) -> None:
+    for parameter in player.parameters.values():
+        parameter.grad = None
 
 
 def identity_of(recipe: recipes.Recipe, data: str, phase: str) -> dict[str, Any]:

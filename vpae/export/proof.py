@@ -151,7 +151,7 @@ class Examination:
 
     @contextlib.contextmanager
     def _set_aside(self) -> Iterator[None]:
-        """Free the student's GPU memory for its double: two 14B models in fp32 fit no card."""
+        """Free the student's GPU memory for its double, merged or not: two 14B models in fp32 fit no card."""
         transformer, device = self.model.role.backbone.transformer, self.device
         if device.type == "cuda":
             transformer.to("cpu")
@@ -169,8 +169,10 @@ class Examination:
         """
         own, precision = self.model.role, PRECISIONS[dtype]
         reshard([own.backbone.transformer])
-        weights = {name: w.detach().cpu().contiguous() for name, w in merge_adapter(own).state_dict().items()}
-        kept = stored(weights, precision)
+        with self._set_aside():  # merging makes a double, too
+            merged = merge_adapter(own).state_dict()
+            kept = stored({name: w.detach().cpu().contiguous() for name, w in merged.items()}, precision)
+            del merged  # in fp32 it may be a copy of 66 GB
         return kept, self.student if precision.is_exact else self.expected(widened(kept))
 
     def prove(

@@ -79,7 +79,7 @@ class Dmd2:
         t = self.settings.fake_time.quantile(batch.draws.uniform("fake time"))
         noise = batch.draws.normal_like("fake noise", x0_hat)
         velocity = self.fake_score.velocity(interpolate(x0_hat, noise, t), t, batch.condition)
-        denoising = losses.flow_matching(velocity, x0_hat, noise)
+        denoising = losses.flow_matching(*map(batch.condition.free, (velocity, x0_hat, noise)))
         real, fake = self.logits(batch.x0, batch, "real"), self.logits(x0_hat, batch, "fake")
         adversarial = losses.softplus_discriminator(real, fake)
         scalars = {"flow_matching": denoising.detach(), "adversarial": adversarial.detach()}
@@ -93,8 +93,9 @@ class Dmd2:
             x_t = interpolate(x0_hat, batch.draws.normal_like("score noise", x0_hat), t)
             fake = self.fake_score.x0(x_t, t, batch.condition)
             real = self.teacher.guided_x0(x_t, t, batch.condition, batch.null, self.settings.guidance_scale)
-            gradient = losses.vsd_gradient(x0_hat, real, fake, self.settings.normaliser, t)
-        matching = losses.vsd(x0_hat, gradient)
+            made, real, fake = map(batch.condition.free, (x0_hat.detach(), real, fake))
+            gradient = losses.vsd_gradient(made, real, fake, self.settings.normaliser, t)
+        matching = losses.vsd(batch.condition.free(x0_hat), gradient)
         logits = self.logits(x0_hat, batch, "fake")
         adversarial = losses.softplus_generator(logits)
         scalars = {

@@ -34,5 +34,5 @@ class Mse:
 
     def loss(self, player: str, batch: Batch) -> Outcome:
         x0_hat = self.student.x0(batch.noise, batch.noise.new_ones(len(batch.noise)), batch.condition)
-        loss = losses.regression(x0_hat, batch.x0)
+        loss = losses.regression(*map(batch.condition.free, (x0_hat, batch.x0)))
         return Outcome(loss, {"regression": loss.detach()}, x0_hat.detach())

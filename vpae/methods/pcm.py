@@ -104,10 +104,11 @@ class Pcm:
     def _student_loss(self, batch: Batch) -> Outcome:
         x_t, t, target = self.pair(batch)
         x0_hat = self.student.x0(x_t, t, batch.condition)
+        made, wanted = map(batch.condition.free, (x0_hat, target))
         if self.settings.distance == "huber":
-            loss = losses.pseudo_huber(x0_hat, target, self.settings.huber_c)
+            loss = losses.pseudo_huber(made, wanted, self.settings.huber_c)
         else:
-            loss = losses.regression(x0_hat, target)
+            loss = losses.regression(made, wanted)
         scalars = {"consistency": loss.detach()}
         if self.adversary is not None:
             logits = self.logits(x0_hat, batch, "prediction")

@@ -44,7 +44,7 @@ def preflight(recipe: recipes.Recipe | None, output: Path, patience: float) -> b
 
 def _disks(recipe: recipes.Recipe | None, output: Path, processes: parallel.Processes) -> list[Line]:
     lines = [disk.shared("output", output, disk.output_bytes(recipe), processes)]
-    if isinstance(recipe, (recipes.Distill, recipes.FinetuneFlow)):
+    if isinstance(recipe, (recipes.Distillation, recipes.FinetuneFlow)):
         try:
             need = disk.cache_bytes(recipe)
         except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 import uuid
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vpae import recipe as recipes
-from vpae.data.encoders import transformer_config
-from vpae.data.shards import MANIFEST
+from vpae.conditioning import TEXT_LENGTH, Kind
+from vpae.data.encoders import latent_shape, pipeline_kind, transformer_config, vae_config
+from vpae.data.shards import FIELDS, MANIFEST
 from vpae.data.sources import open_source
 from vpae.engine.checkpoint import kept_bytes, stored_shapes
 from vpae.engine.host import GIB
@@ -19,10 +19,12 @@ from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.models import find_model
 from vpae.preflight.machine import Line
-from vpae.recipe import Distill, Lora
-from vpae.runs import PHASES
+from vpae.recipe import Distillation
+from vpae.runs import phases_of
+from vpae.sections import Lora
 
 _LAG = 10.0  # seconds that a file of rank 0 may take to be seen elsewhere
+_CLIP_TOKENS = 257  # of ViT-H/14 at 224 px, as Wan's
 _STATE_BYTES = {"fp32": 4, "cpu": 4, "bf16": 2, "int8": 1}  # of each of Adam's two moments
 
 
@@ -81,10 +83,9 @@ def _seen(file: Path, token: str) -> float:
     return -1.0
 
 
-def checkpoint_bytes(recipe: Distill, phase: str) -> int:
-    """About what one checkpoint of a phase takes: student with Adam's moments, its EMA, the fake score.
-
-    Phase II's head, some thousandths of it, is left out.
+def checkpoint_bytes(recipe: Distillation, phase: str) -> int:
+    """About what one checkpoint of a phase takes: student and who trains against it, both with Adam's moments, and the
+    EMA. Heads, some thousandths of it, are left out.
 
     Raises:
         UserError: the teacher is not there.
@@ -94,10 +95,21 @@ def checkpoint_bytes(recipe: Distill, phase: str) -> int:
     student = sum(_elements(shape) for shape in shapes.values())
     if recipe.student.kind == "lora":
         student = _adapter(shapes, recipe.student.lora)
-    total = student * (4 + moments + 4)
+    return student * (4 + moments + 4) + _opponent(recipe, phase, shapes, student) * (4 + moments)
+
+
+def _opponent(recipe: Distillation, phase: str, shapes: dict[str, tuple[int, ...]], student: int) -> int:
+    """Weights of the network that trains in a phase against a student of ``student`` weights."""
+    if isinstance(recipe, recipes.Peer):
+        if phase == "apt":
+            return student
+        if phase != "dmd2":
+            return 0
+        lora = recipe.method.fake_lora
+        return sum(map(_elements, shapes.values())) if lora is None else _adapter(shapes, lora)
     if phase == "priming":
-        total += _adapter(shapes, recipe.priming.fake_lora) * (4 + moments)
-    return total
+        return _adapter(shapes, recipe.priming.fake_lora)
+    return student if recipe.equilibrium.judge == "trainable" else 0
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -114,11 +126,10 @@ def _adapter(shapes: dict[str, tuple[int, ...]], lora: Lora) -> int:
 
 def output_bytes(recipe: recipes.Recipe) -> int:
     """Of all checkpoints that a distillation keeps, and the one it is writing; 0 where that is not known."""
-    if not isinstance(recipe, Distill):
+    if not isinstance(recipe, Distillation):
         return 0
-    phases = [phase for phase in PHASES if getattr(recipe, phase) is not None]
     try:
-        sizes = [checkpoint_bytes(recipe, phase) for phase in phases]
+        sizes = [checkpoint_bytes(recipe, phase) for phase in phases_of(recipe)]
         return round(kept_bytes(sizes, recipe.engine.keep_checkpoints))
     except (UserError, OSError, ValueError):  # told of under "teacher"
         return 0
@@ -127,20 +138,36 @@ def output_bytes(recipe: recipes.Recipe) -> int:
 def cache_bytes(recipe: recipes.Recipe) -> int:
     """Of the latents and conditions that are still to be encoded, at most; 0 where the cache is there.
 
+    Latents of clips whose size the source does not say are left out.
+
     Raises:
         UserError: the source is not there.
     """
-    if (
-        not isinstance(recipe, (recipes.Distill, recipes.Peer, recipes.FinetuneFlow))
-        or (Path(recipe.data.cache) / MANIFEST).is_file()
-    ):
+    if isinstance(recipe, recipes.FinetuneVae) or (Path(recipe.data.cache) / MANIFEST).is_file():
         return 0
     source = open_source(recipe.data.source)
-    frames, height, width = source.shape or (1, 1, 1)
-    latent = 16 * (1 + (frames - 1) // 4) * (height // 8) * (width // 8)
-    config: dict[str, Any] = {}
-    if isinstance(recipe, recipes.Distillation):
-        with contextlib.suppress(UserError):  # told of under "teacher"
-            config = transformer_config(find_model(recipe.teacher.path))
-    condition = 512 * config.get("text_dim", 0) + 257 * (config.get("image_dim") or 0)
-    return len(source) * 4 * (2 * latent + condition)
+    try:
+        kind, config, vae = _model(recipe)
+    except UserError:  # told of under "teacher"
+        return 0
+    fields, numbers = FIELDS[kind], TEXT_LENGTH * config.get("text_dim", 4096)
+    if source.shape is not None:
+        channels, frames, height, width = latent_shape(vae, source.shape)
+        given = frames if kind == "i2v" else 1  # with grey frames after the first one, or that one by itself
+        numbers += channels * height * width * (frames + given * ("latent" in fields))
+    if "image" in fields:
+        numbers += _CLIP_TOKENS * (config.get("image_dim") or 0)
+    return len(source) * 4 * numbers
+
+
+def _model(recipe: Distillation | recipes.FinetuneFlow) -> tuple[Kind, dict[str, Any], dict[str, Any]]:
+    """Kind of the pipeline, and the configs of its transformer and VAE.
+
+    Raises:
+        UserError: they are not there.
+    """
+    folder, fresh = find_model(recipe.teacher.path), getattr(recipe, "transformer", None)
+    if fresh is None:
+        return pipeline_kind(folder), transformer_config(folder), vae_config(folder / "vae")
+    kind: Kind = "t2v" if fresh.get("image_dim") is None else "i2v"
+    return kind, fresh, vae_config(folder if (folder / "config.json").is_file() else folder / "vae")

@@ -61,7 +61,7 @@ def facts(rank: int, recipe: recipes.Recipe | None) -> dict[str, Any]:
         "recipe": None if recipe is None else recipes.digest(recipe),
         "teacher": _answer(lambda: _teacher(recipe)),
         "attention": _answer(lambda: _attention(recipe)),
-        "kernels": [name for name in ATTENTION_BACKENDS if not _answer(lambda n=name: check_attention_backend(n))[1]],
+        "kernels": _kernels(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "locked": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "infiniband": Path("/dev/infiniband").exists(),
@@ -118,7 +118,7 @@ def _versions() -> dict[str, str]:
 
 
 def _teacher(recipe: recipes.Recipe | None) -> str | None:
-    if not isinstance(recipe, recipes.Distill):
+    if not isinstance(recipe, recipes.Distillation):
         return None
     pipeline = find_model(recipe.teacher.path)
     transformer_config(pipeline)
@@ -126,11 +126,17 @@ def _teacher(recipe: recipes.Recipe | None) -> str | None:
 
 
 def _attention(recipe: recipes.Recipe | None) -> str | None:
-    if not isinstance(recipe, (recipes.Distill, recipes.FinetuneFlow)):
+    if not isinstance(recipe, (recipes.Distillation, recipes.FinetuneFlow)):
         return None
     exact = "engine.precision: fp32" if recipe.engine.precision == "fp32" else ""
     check_attention_backend(recipe.teacher.attention, masks=recipe.teacher.fold_text_padding, fp32=exact)
     return recipe.teacher.attention
+
+
+def _kernels() -> list[str]:
+    """Attention kernels that train here; those of the Hub are loaded by asking, and asked for by a recipe alone."""
+    own = [name for name, backend in ATTENTION_BACKENDS.items() if backend.package != "kernels"]
+    return [name for name in own if not _answer(lambda n=name: check_attention_backend(n))[1]]
 
 
 def judge(all_facts: list[dict[str, Any]], recipe: recipes.Recipe | None) -> list[Line]:
