@@ -55,7 +55,7 @@ TEXT_ROWS = 24  # a prompt of usual length
 class RandomClips:
     """Random tensors with the surface of a cache: what a turn reads, without a disk."""
 
-    fingerprint, folder = "random", Path()
+    fingerprint, folder, kind, manifest = "random", Path(), "i2v", {"temporal_stride": 4}
 
     def __init__(self, config: dict[str, Any], latent_shape: tuple[int, ...], count: int, device: torch.device) -> None:
         def draw(name: str, *shape: int) -> Tensor:
@@ -81,8 +81,7 @@ class RandomClips:
     def fetch(self, indices: list[int], draws: Draws) -> Batch:
         """As a cache answers; with the noise of the clips where a method learns from the teacher's own."""
         rows = torch.tensor([i % self.count for i in indices], device=self.x0.device)
-        made = {"noise": self.noise[rows]} if "noise" in {f.name for f in dataclasses.fields(Batch)} else {}
-        return Batch(self.x0[rows], self.condition[rows], self.null[rows], draws, **made)
+        return Batch(self.x0[rows], self.condition[rows], self.null[rows], draws, noise=self.noise[rows])
 
 
 class Silent:

@@ -107,7 +107,7 @@ def test_phase_two_of_vpae_may_start_from_a_consistency_distillation(micro_recip
     assert differing({k: first[k] for k in mine}, {k: second[k] for k in mine}, 1e-9) == []
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "replicate"])
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("replicate", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(vpae, micro_peer, tmp_path, parallel):
     plain = micro_peer("dmd2")
     plain["engine"]["parallel"] = parallel

@@ -58,6 +58,7 @@ def test_a_score_over_fewer_or_other_dimensions_is_refused(bench):
         bench.scores(WAN | {"aesthetic_quality": 64.75})
 
 
+@pytest.mark.slow
 def test_suite_is_made_judged_and_collected(micro_pipeline, tmp_path):
     images = tmp_path / "crop" / "1-1"
     images.mkdir(parents=True)
@@ -103,6 +104,7 @@ def test_suite_is_made_judged_and_collected(micro_pipeline, tmp_path):
     assert "is not the picture of the manifest any more" in _run("generate", run).stderr
 
 
+@pytest.mark.slow
 def test_vbench_is_run_a_process_a_dimension_and_not_twice(tmp_path):
     """A stand-in for the package: what matters here is how it is called and what is left."""
     run, images = tmp_path / "run", tmp_path / "crop" / "1-1"

@@ -142,6 +142,7 @@ def test_large_checkpoints_are_split_into_files(beside, tmp_path, monkeypatch):
     assert resumed.resume() and differing(snapshot(trainer), snapshot(resumed)) == []
 
 
+@pytest.mark.slow
 def test_two_ranks_that_write_beside_training_leave_what_they_leave_otherwise(vpae, beside, tmp_path):
     """Their messages do not meet those of training; every turn begins a checkpoint."""
     beside["engine"] |= {"checkpoint_every": 1, "keep_checkpoints": 2}

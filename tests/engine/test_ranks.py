@@ -30,11 +30,11 @@ def _ema(tensors):
 @pytest.mark.parametrize(
     ("kind", "parallel", "judge"),
     [
-        ("full", "fsdp", "unified"),
-        ("lora", "fsdp", "frozen"),
-        ("lora", "replicate", "unified"),
         ("full", "fsdp", "trainable"),
-        ("full", "replicate", "unified"),
+        ("lora", "replicate", "unified"),
+        pytest.param("full", "fsdp", "unified", marks=pytest.mark.slow),
+        pytest.param("lora", "fsdp", "frozen", marks=pytest.mark.slow),
+        pytest.param("full", "replicate", "unified", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one_on_the_same_global_batch(vpae, micro_recipe, tmp_path, kind, parallel, judge):
@@ -92,7 +92,7 @@ def test_shards_under_bf16_and_checkpointing_train_as_one_rank_does(vpae, micro_
         assert float(gap.abs().mean()) < 1e-4 * float(moved.abs().mean())
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "replicate"])
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("replicate", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(vpae, micro_recipe, tmp_path, parallel):
     short = copy.deepcopy(micro_recipe)
     short["engine"]["parallel"] = parallel

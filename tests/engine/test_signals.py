@@ -200,7 +200,7 @@ def _kill_while_training(recipe, folder, longest, generator):
 
 
 @pytest.mark.parametrize(
-    ("kills", "beside"), [(2, False), *(pytest.param(20, b, marks=pytest.mark.slow) for b in (False, True))]
+    ("kills", "beside"), [pytest.param(20, beside, marks=pytest.mark.slow) for beside in (False, True)]
 )
 def test_kill_at_random_moments_ends_in_the_same_weights(micro_recipe, tmp_path, kills, beside):
     """Each kill hits a process that trains; a run that ends before all have is compared, and another is begun."""

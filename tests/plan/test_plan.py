@@ -148,6 +148,7 @@ def test_ranks_that_share_tokens_keep_fewer_activations(long_clips):
     assert 0.4 * own.turns["student"].flops < shared.turns["student"].flops < 0.75 * own.turns["student"].flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "phase"), [("full", "priming"), ("lora", "equilibrium")])
 def test_a_deeper_network_follows_from_two_shallow_ones(micro_recipe, phase, kind):
     micro_recipe["student"]["kind"] = kind
@@ -281,7 +282,7 @@ def test_the_command_writes_the_plan(vpae, micro_recipe, tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert {name: phase["verdict"] for name, phase in plan["phases"].items()} == {"priming": FITS, "equilibrium": FITS}
     assert plan["phases"]["priming"]["players"]["student"]["turns"] == 3
-    assert "priming: fits" in done.stdout and "Kept free: 10 %" in done.stdout
+    assert "priming: fits" in done.stdout and "Kept free: 6 %" in done.stdout
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_plans_words(micro_recipe):
