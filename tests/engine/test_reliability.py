@@ -23,7 +23,7 @@ from vpae.errors import UserError
 
 
 def test_sigterm_inside_a_checkpoints_writing(micro_recipe, tmp_path, monkeypatch):
-    """It comes when the tensors are on the disk and the state is not: the checkpoint is finished, the next turn is not."""
+    """It comes when the tensors are on the disk and the state is not: the checkpoint is finished, no turn more is."""
     make_trainer(micro_recipe, "priming", tmp_path / "whole").train()
     micro_recipe["engine"]["checkpoint_every"] = 3
     trainer = make_trainer(micro_recipe, "priming", tmp_path / "run")
@@ -86,7 +86,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(micro_recipe, tmp_path, disk,
     assert [p.name for p in trainer.checkpoint_root.iterdir()] == ["step-00000004"]
     rest.unlink()
     again = make_trainer(micro_recipe, "priming", folder / "run")
-    assert again.resume() and again.turn == 3 and again.train()
+    assert again.resume() and again.turn == 4 and again.train()
     assert differing(read_tensors(tmp_path / "whole/priming"), read_tensors(folder / "run/priming")) == []
 
 
