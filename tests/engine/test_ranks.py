@@ -77,7 +77,7 @@ def test_gradients_of_two_ranks_are_those_of_one_to_round_off(vpae, micro_recipe
             assert scale > 0 and differing(*moments, tolerance=1e-5 * scale) == [], (phase, player)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("full", "fp32"), ("lora", "bf16")])
+@pytest.mark.parametrize(("kind", "dtype"), [pytest.param("full", "fp32", marks=pytest.mark.slow), ("lora", "bf16")])
 def test_shards_under_bf16_and_checkpointing_train_as_one_rank_does(vpae, micro_recipe, tmp_path, kind, dtype):
     micro_recipe["student"]["kind"], micro_recipe["teacher"]["dtype"] = kind, dtype
     micro_recipe["engine"] |= {"precision": "bf16", "checkpointing": True}

@@ -41,7 +41,8 @@ def _long(plain: dict) -> dict:
     return plain
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("ours", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "ours"])
 def test_a_killed_rank_costs_nothing_but_time(micro_recipe, tmp_path, launcher):
     recipe = write_recipe(_long(micro_recipe), tmp_path / "r.yaml")
     command = ["-m", "vpae", "distill", recipe, "--output"]
