@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,11 @@ def verdict(rows: dict[str, Any], paper: tuple[str, ...]) -> str:
         near = means[best][0] - means[paper[0]][0] <= max(means[best][1], means[paper[0]][1])
         return "agree" if best == paper[0] else "no difference" if near else "disagree"
     said = []
-    for better, worse in zip(paper, paper[1:], strict=False):
+    for better, worse in pairwise(paper):
         gap = means[better][0] - means[worse][0]
         error = (means[better][1] ** 2 + means[worse][1] ** 2) ** 0.5
         said.append("no difference" if abs(gap) <= error else "agree" if gap > 0 else "disagree")
-    pairs = zip(said, zip(paper, paper[1:], strict=False), strict=True)
+    pairs = zip(said, pairwise(paper), strict=True)
     return "; ".join(f"{a} over {b}: {word}" for word, (a, b) in pairs)
 
 

@@ -74,7 +74,7 @@ def distill(
     encoders = Encoders(find_model(recipe.teacher.path), processes.device)
     data = open_data(recipe, encoders, processes)
     phases = phases_of(recipe)
-    for before, phase in zip((None, *phases), phases, strict=False):
+    for before, phase in zip((None, *phases[:-1]), phases, strict=True):
         if resume and phase != phases[-1] and _is_finished(folder / phase, processes):
             continue  # the last one is always built
         trainer = None

@@ -198,6 +198,17 @@ def _one_of(known: tuple[str, ...]) -> _Check:
     return (lambda v: isinstance(v, str) and v in known, f"one of {', '.join(known)}")
 
 
+_BY_THE_TEACHER: dict[str, tuple[bool, _Check]] = {
+    "path": (True, _PATH),
+    "size": (True, _SIZE),
+    "num_frames": (True, _FRAMES),
+    "steps": (True, _FRAMES),
+    "guidance_scale": (True, (lambda v: _number(v) and v >= 0, "a number from 0")),
+    "negative_prompt": (True, _TEXT),
+    "seed": (True, (lambda v: _whole(v, 0), "a whole number from 0")),
+    "precision": (False, _one_of(PRECISIONS)),
+    "attention": (False, _TEXT),
+}
 _KEYS: dict[str, dict[str, tuple[bool, _Check]]] = {  # of each kind: the keys, whether they must be given, and as what
     "bounce": {
         "split": (True, _one_of(SPLITS)),
@@ -218,29 +229,13 @@ _KEYS: dict[str, dict[str, tuple[bool, _Check]]] = {  # of each kind: the keys, 
         "split": (False, _TEXT),
     },
     "generate": {
-        "path": (True, _PATH),
-        "size": (True, _SIZE),
-        "num_frames": (True, _FRAMES),
-        "steps": (True, _FRAMES),
-        "guidance_scale": (True, (lambda v: _number(v) and v >= 0, "a number from 0")),
-        "negative_prompt": (True, _TEXT),
-        "seed": (True, (lambda v: _whole(v, 0), "a whole number from 0")),
-        "precision": (False, _one_of(PRECISIONS)),
-        "attention": (False, _TEXT),
+        **_BY_THE_TEACHER,
         "other_size": (False, _one_of(OTHER_SIZE)),
         "bad": (False, _one_of(BAD)),
         "columns": (False, _COLUMNS),
     },
     "prompts": {
-        "path": (True, _PATH),
-        "size": (True, _SIZE),
-        "num_frames": (True, _FRAMES),
-        "steps": (True, _FRAMES),
-        "guidance_scale": (True, (lambda v: _number(v) and v >= 0, "a number from 0")),
-        "negative_prompt": (True, _TEXT),
-        "seed": (True, (lambda v: _whole(v, 0), "a whole number from 0")),
-        "precision": (False, _one_of(PRECISIONS)),
-        "attention": (False, _TEXT),
+        **_BY_THE_TEACHER,
         "bad": (False, _one_of(BAD)),
     },
 }
