@@ -4,9 +4,10 @@
 
 FOLDER holds videos with captions (anything that ``data.source: {kind: videos}`` takes). They are encoded with the tiny
 teacher's encoders, once undisturbed and once killed, all ranks at once as when a machine dies, until all kills have
-hit: uniform over half of the time that the undisturbed build encoded, counted from when encoding begins, and every
-fourth at any moment from the start, imports and loading included. A build that comes to its end before its kill is
-compared and another is begun, ten times a kill at most. Short clips repeat their last frame and bad ones are left out.
+hit. The kills take turns: once a shard more is whole than before, up to the time that a clip takes later; uniform over
+half of the time that the undisturbed build encoded, counted from when encoding begins; at any moment from the start,
+imports and loading included. A build that comes to its end before its kill is compared and another is begun, ten times
+a kill at most. Short clips repeat their last frame and bad ones are left out.
 Writes benchmarks/results/cache_kills.json.
 """
 
@@ -18,6 +19,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from ranks import Ranks, ended, kill, start
 from vpae.files import sha256
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+MOMENTS = ("after a shard", "encoding", "anywhere")
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -34,6 +37,19 @@ def content(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest.json").read_text())
     files = sorted(p for p in folder.iterdir() if p.name != "lock")
     return {"digest": manifest["digest"], "clips": manifest["clips"], "files": {p.name: sha256(p) for p in files}}
+
+
+def shards(folder: Path) -> list[Path]:
+    """Of a cache, finished or not, those that are whole."""
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def until(ranks: Ranks, happened: Callable[[], bool]) -> bool:
+    """Wait for something; False where all ranks ended before."""
+    while not happened():
+        if ended(ranks, 0.05):
+            return False
+    return True
 
 
 def main() -> None:
@@ -59,25 +75,23 @@ def main() -> None:
     def encoding(folder: Path, ranks: Ranks, since: int) -> bool:
         """Wait until a build has said that it encodes (later than ``since``, ns); False where it ended before."""
         stamp = folder / "building.json"
-        while not stamp.exists() or stamp.stat().st_mtime_ns <= since:
-            if ended(ranks, 0.05):
-                return False
-        return True
+        return until(ranks, lambda: stamp.exists() and stamp.stat().st_mtime_ns > since)
 
-    def killed(folder: Path, anywhere: bool) -> dict[str, Any] | None:
-        """Build or go on, kill at a random moment and say when; None where the build was done before."""
-        began, since = time.monotonic(), time.time_ns()
-        ranks = build(folder)
-        if not anywhere and not encoding(folder, ranks, since):
+    def killed(folder: Path, moment: str) -> dict[str, Any] | None:
+        """Build or go on, kill at a moment of a kind and say when; None where the build was done before."""
+        began, since, before = time.monotonic(), time.time_ns(), len(shards(folder))
+        ranks, limits = build(folder), {"anywhere": took, "encoding": encoded / 2, "after a shard": encoded / count}
+        if moment == "encoding" and not encoding(folder, ranks, since):
+            return None
+        if moment == "after a shard" and not until(ranks, lambda: len(shards(folder)) > before):
             return None
         ready = time.monotonic() - began
-        if ended(ranks, generator.uniform(0, took if anywhere else encoded / 2)):
+        if ended(ranks, generator.uniform(0, limits[moment])):
             return None
         kill(ranks)
         after = time.monotonic() - began
-        shards = len(list(folder.glob("shard-*.safetensors")))
-        found = {"seconds_after_start": round(after, 2), "shards_there": shards}
-        return found | ({"anywhere": True} if anywhere else {"seconds_of_encoding": round(after - ready, 2)})
+        found = {"moment": moment, "seconds_after_start": round(after, 2), "seconds_after_it": round(after - ready, 2)}
+        return found | {"shards_before": before, "shards_there": len(shards(folder))}
 
     began = time.monotonic()
     ranks = build(root / "undisturbed")
@@ -93,7 +107,7 @@ def main() -> None:
             sys.exit("the builds end before they can be killed; take more or larger clips")
         folder, kills = root / f"killed{len(runs)}", []
         while hits < arguments.kills:
-            found = killed(folder, anywhere=hits % 4 == 3)
+            found = killed(folder, MOMENTS[hits % len(MOMENTS)])
             if found is None:
                 break
             kills, hits = [*kills, found], hits + 1

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers import differing, make_trainer, read_tensors, snapshot, write_recipe
+from safetensors.torch import load_file
 
 from vpae import recipe as recipes
 from vpae.data.encoders import Encoders
@@ -16,6 +17,7 @@ from vpae.engine.parallel import alone, start
 from vpae.errors import UserError
 from vpae.export.card import model_card
 from vpae.loading import load_model
+from vpae.preflight.disk import samples_bytes
 from vpae.roles import Role
 from vpae.runs import phases_of
 from vpae.sampling import sample_latents
@@ -189,6 +191,15 @@ class TestTeacherSamples:
         with pytest.raises(UserError, match="holds thesis.txt and no clips of the teacher"):
             _data(plain)
         assert (tmp_path / "samples" / "thesis.txt").read_text() == "mine"
+
+    def test_preflight_asks_for_the_room_that_they_take(self, plain, tmp_path):
+        recipe = recipes.from_plain(plain, "test")
+        room = samples_bytes(recipe)
+        data = _data(plain)
+        files = (tmp_path / "samples").glob("*.safetensors")
+        made = [tensor for file in files for tensor in load_file(file).values()]
+        assert len(data) == 6 and room == sum(tensor.numel() * tensor.element_size() for tensor in made) > 0
+        assert samples_bytes(recipe) == 0  # they are there
 
     def test_more_clips_than_the_cache_has(self, plain):
         plain["method"]["teacher_samples"]["count"] = 21

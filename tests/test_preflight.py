@@ -143,7 +143,8 @@ def test_a_peer_is_looked_at_as_any_run(micro_peer, tmp_path, name, monkeypatch,
 
     good, wrong, printed = report()
     assert good and not wrong
-    assert {"teacher", "attention", "cache", "output"} <= {line.split()[1] for line in printed}
+    looked_at = {line.split()[1] for line in printed}
+    assert {"teacher", "attention", "cache", "output"} <= looked_at and ("samples" in looked_at) == (name == "mse")
     good, wrong, _ = report(path="nowhere")
     assert not good and len(wrong) == 1 and "teacher.path 'nowhere' is no folder" in wrong[0]
     good, wrong, _ = report(attention="flash", fold_text_padding=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from vpae import recipe as recipes
 from vpae.engine import parallel
 from vpae.errors import UserError
+from vpae.peer_recipe import samples_of
 from vpae.preflight import disk, machine
 from vpae.preflight.machine import Line
 from vpae.preflight.meeting import Meeting
@@ -45,12 +46,15 @@ def preflight(recipe: recipes.Recipe | None, output: Path, patience: float) -> b
 def _disks(recipe: recipes.Recipe | None, output: Path, processes: parallel.Processes) -> list[Line]:
     lines = [disk.shared("output", output, disk.output_bytes(recipe), processes)]
     if isinstance(recipe, (recipes.Distillation, recipes.FinetuneFlow)):
+        needs = {"cache": (Path(recipe.data.cache), 0)}
+        samples = samples_of(recipe.method) if isinstance(recipe, recipes.Peer) else None
         try:
-            need = disk.cache_bytes(recipe)
+            needs["cache"] = (Path(recipe.data.cache), disk.cache_bytes(recipe))
+            if samples:
+                needs["samples"] = (Path(samples.folder), disk.samples_bytes(recipe))
         except UserError as error:
-            need = 0
             lines.append(Line("fails", "data", str(error)))
-        lines.append(disk.shared("cache", Path(recipe.data.cache), need, processes))
+        lines += [disk.shared(what, folder, need, processes) for what, (folder, need) in needs.items()]
     return lines
 
 

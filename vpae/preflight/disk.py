@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import uuid
@@ -18,8 +19,9 @@ from vpae.engine.host import GIB
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.models import find_model
+from vpae.peer_recipe import samples_of
 from vpae.preflight.machine import Line
-from vpae.recipe import Distillation
+from vpae.recipe import Distillation, Peer
 from vpae.runs import phases_of
 from vpae.sections import Lora
 
@@ -158,6 +160,23 @@ def cache_bytes(recipe: recipes.Recipe) -> int:
     if "image" in fields:
         numbers += _CLIP_TOKENS * (config.get("image_dim") or 0)
     return len(source) * 4 * numbers
+
+
+def samples_bytes(recipe: Peer) -> int:
+    """Of the teacher's clips, noise and sample, that a method still has to make; 0 where it needs none or has them.
+
+    Raises:
+        UserError: the source is not there.
+    """
+    settings = samples_of(recipe.method)
+    if settings is None or (Path(settings.folder) / MANIFEST).is_file():
+        return 0
+    shape = open_source(recipe.data.source).shape
+    try:
+        _, _, vae = _model(recipe)
+    except UserError:  # told of under "teacher"
+        return 0
+    return 2 * 4 * settings.count * math.prod(latent_shape(vae, shape)) if shape is not None else 0
 
 
 def _model(recipe: Distillation | recipes.FinetuneFlow) -> tuple[Kind, dict[str, Any], dict[str, Any]]:
