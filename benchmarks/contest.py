@@ -24,7 +24,7 @@ import numpy as np
 from common import commit
 
 from vpae import recipe as recipes
-from vpae.data.bounce import Clip
+from vpae.data.bounce import Clip, World
 from vpae.data.encoders import Encoders
 from vpae.engine.tracking import read_log
 from vpae.errors import UserError
@@ -49,6 +49,10 @@ class Entry:
 
     def load(self, *more: str) -> recipes.Recipe:
         return recipes.load(self.recipe, (*self.overrides, *more))
+
+    def world(self) -> World:
+        """That its clips are of: what it is judged on."""
+        return World.from_dict(self.load().data.source["world"])
 
     def steps(self) -> dict[str, int]:
         """The keys of all ``student_steps`` with their values, in the order of the phases."""
@@ -146,11 +150,11 @@ def diversity(role: Role, encoders: Encoders, clips: Sequence[Clip], draws: int,
     return float(np.mean(gaps))
 
 
-def judge(folder: Path, split: str, clips: int, plans: Mapping[str, Mapping[str, Any]], role: str | None = None):
-    """Scores of a run's role under each plan of sampling, with the first eight videos of the first plan."""
-    model = load_model(folder, role)
+def judge(folder: Path, world: World, split: str, clips: int, plans: Mapping[str, Mapping[str, Any]]):
+    """Scores of a run or a teacher under each plan of sampling, with the first eight videos of the first plan."""
+    model = load_model(folder)
     encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
-    wanted, rows, shown = clips_of(model.world, split, clips), {}, None
+    wanted, rows, shown = clips_of(world, split, clips), {}, None
     for name, options in plans.items():
         options = {"batch": 16, "negative_prompt": model.negative_prompt, "label": name} | dict(options)
         sampled = sample_clips(model.role, encoders, wanted, seed=0, **options)
@@ -184,7 +188,7 @@ def run_jobs(
             print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
             began = time.monotonic()
             memory = train(entry, folder, ranks, own)
-            rows, shown = judge(folder, split, clips, {"1 NFE": {"steps": 1}, "4 NFE": {"steps": 4}})
+            rows, shown = judge(folder, entry.world(), split, clips, {"1 NFE": {"steps": 1}, "4 NFE": {"steps": 4}})
             np.savez_compressed(folder / f"{split}-shown.npz", *shown)
             record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit(), "rows": rows}
             recipe = entry.load(*own)

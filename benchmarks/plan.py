@@ -4,15 +4,18 @@
 
 Each case is planned, then trained for a turn of each player in fresh processes with random weights of the same shapes,
 by the same builders and trainer. On CPUs the peak is the kernel's own figure (VmHWM, reset before each turn) over what
-was resident before the networks were built and after the same turns of a very small one, so that code pages and
-libraries' own buffers, 45 MiB that no plan counts, are in both; glibc returns every larger block at once
-(MALLOC_MMAP_THRESHOLD_). The plan knows nothing of buffers inside kernels and gloo. Writes
+was resident before the networks were built and after the same turns of a micro one, so that code pages and libraries'
+own buffers, 45 MiB that no plan counts, are in both. glibc returns every larger block at once (MALLOC_MMAP_THRESHOLD_),
+and the holes between small ones before the first figure is read (malloc_trim): left there, small tensors fill them
+unseen. What stays uncounted, some 20 MiB of Python's objects and small blocks and the buffers inside kernels and gloo,
+is the reason why the batches of the tiny network are not smaller. Writes
 benchmarks/results/plan_cpu.json or plan_cuda.json after each case.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import json
@@ -42,12 +45,16 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 MIB = 2**20
 _NAMES = ("plan_cpu", "plan_cuda")
 _KEYS = 6  # of a row, that say what was measured: of the case four, phase, player
-_SMALL = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 64,
-    "ffn_dim": 4096,
-    "num_layers": 14,
-    "added_kv_proj_dim": 1024,
+_NETWORKS: dict[str, dict[str, int]] = {
+    "micro": {"num_attention_heads": 2, "ffn_dim": 128, "num_layers": 2, "added_kv_proj_dim": 64},
+    "tiny": {},
+    "300M": {
+        "num_attention_heads": 16,
+        "attention_head_dim": 64,
+        "ffn_dim": 4096,
+        "num_layers": 14,
+        "added_kv_proj_dim": 1024,
+    },
 }
 _LORA = "student.lora={rank: 16, alpha: 16, targets: [to_q, to_k, to_v, to_out.0, net.0.proj, net.2]}"
 CASES: list[dict[str, Any]] = [
@@ -59,11 +66,11 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def recipe_of(case: dict[str, Any], folder: Path, batch: int | None = None) -> recipes.Distill:
-    """The quickstart's recipe with the case's network, sharded, fp32; ``batch`` clips at once or its own number."""
-    config = transformer_config(find_model("tiny_wan")) | (_SMALL if case["model"] == "300M" else {})
+def recipe_of(case: dict[str, Any], folder: Path) -> recipes.Distill:
+    """The quickstart's recipe with the case's network, sharded, fp32."""
+    config = transformer_config(find_model("tiny_wan")) | _NETWORKS[case["model"]]
     write_json(folder / "transformer" / "config.json", config)
-    batch = batch or (32 if case["model"] == "tiny" else 2)
+    batch = {"micro": 1, "tiny": 64, "300M": 2}[case["model"]]
     settings = [
         f"teacher.path={folder}",
         "teacher.attention=native",
@@ -73,6 +80,7 @@ def recipe_of(case: dict[str, Any], folder: Path, batch: int | None = None) -> r
         f"engine.checkpointing={str(case['checkpointing']).lower()}",
         f"engine.global_batch={2 * batch * case['ranks']}",
         f"engine.micro_batch={batch}",
+        *(["equilibrium.taps=[0, 1]"] if case["model"] == "micro" else []),
     ]
     return recipes.load(RECIPE, (*settings, *([_LORA] if case["student"] == "lora" else [])))
 
@@ -86,7 +94,7 @@ def _resident(key: str) -> int:
 def worker(folder: Path) -> None:
     """One rank: turns of a very small network, then the case's, and their peaks over what the small ones left."""
     case = json.loads((folder / "case.json").read_text())
-    small = recipe_of(case | {"model": "tiny"}, folder / "small", batch=1)
+    small = recipe_of(case | {"model": "micro"}, folder / "small")
     recipe = recipe_of(case, folder)
     processes = placed(start(), recipe.engine)
     take_turns(small, case["phase"], processes, folder / "small")
@@ -95,6 +103,7 @@ def worker(folder: Path) -> None:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # holes in the heap would be filled unseen
         before = _resident("VmRSS")
     peaks = take_turns(recipe, case["phase"], processes, folder)
     write_json(folder / f"rank-{processes.rank}.json", {name: peak - before for name, peak in peaks.items()})

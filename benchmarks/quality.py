@@ -26,7 +26,6 @@ from quality_figure import write_figure
 from vpae.data.look import contact_sheet
 from vpae.errors import UserError
 from vpae.evaluation import clips_of
-from vpae.loading import load_model
 from vpae.recipe import digest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -60,7 +59,7 @@ def reference(root: Path, entry: Entry, split: str, clips: int) -> tuple[dict[st
     file, shown = root / f"teacher-{split}-{clips}.json", root / f"teacher-{split}-shown.npz"
     teacher = entry.load().teacher.path
     if not file.is_file() or json.loads(file.read_text())["teacher"] != teacher:
-        rows, videos = judge(Path(teacher), split, clips, TEACHER)
+        rows, videos = judge(Path(teacher), entry.world(), split, clips, TEACHER)
         root.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(shown, *videos)
         file.write_text(json.dumps({"teacher": teacher, "rows": rows}))
@@ -152,7 +151,7 @@ def run(arguments: argparse.Namespace) -> None:
         print_table("what it took", found, ("seconds_per_clip", "training_minutes", "peak_gib"))
         tables[equal] = {"budget": budget, "settings": settings, "rows": found, "jobs": jobs}
         sheet = RESULTS / f"quality_{split}.png"
-        clips = clips_of(load_model(Path(vpae.load().teacher.path)).world, split, 8)
+        clips = clips_of(vpae.world(), split, 8)
         write_sheet(sheet, root, split, videos, [e.name for e in chosen], clips)
         write_figure(RESULTS / f"quality_{split}.svg", lines, found)
     document = {
