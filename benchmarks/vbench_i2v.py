@@ -254,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     first.add_argument("--frames", type=int, help="default: the model's own")
     first.add_argument("--fps", type=float, default=16)
     first.add_argument("--steps", type=int, default=1)
-    first.add_argument("--sampler", choices=("renoise", "euler"))
+    first.add_argument("--sampler", choices=("renoise", "euler", "euler_even"))
     first.add_argument("--guidance-scale", type=float, default=1.0)
     first.add_argument("--seed", type=int, default=0)
     first.add_argument("--samples", type=int, default=5, help="videos a prompt; VBench's own number is 5")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from vpae.sampling import euler_scheduler, euler_sigmas
+from vpae.flow import euler_sample
+from vpae.sampling import euler_scheduler, euler_sigmas, even_sigmas
 
 
 def _unipc(shift):
@@ -29,6 +31,22 @@ def test_one_step_is_exactly_from_one_to_zero():
     for scheduler in (_unipc(5.0), FlowMatchEulerDiscreteScheduler(shift=3.0)):
         assert euler_sigmas(scheduler, 1) == [1.0, 0.0]
         assert isinstance(euler_scheduler(scheduler), FlowMatchEulerDiscreteScheduler)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
+def test_the_even_grid_is_that_of_wans_own_scheduler(steps):
+    """UniPC's starts just below 1 and has its parts of [0.001, 1]; before the shift, which trebles the difference."""
+    scheduler = _unipc(3.0)
+    scheduler.set_timesteps(steps)
+    assert even_sigmas(scheduler, steps) == pytest.approx(scheduler.sigmas.tolist(), abs=3e-3)
+
+
+def test_few_steps_on_the_even_grid_come_nearer_to_the_solution():
+    """dx/dt = x has the solution x(0) = x(1) / e; the last of diffusers' two steps is a hundredth long."""
+    scheduler, noise = FlowMatchEulerDiscreteScheduler(shift=3.0), torch.ones(1, 1, 1, 1, 1)
+    grids = [sigmas(scheduler, 2) for sigmas in (even_sigmas, euler_sigmas)]
+    even, euler = (float(euler_sample(lambda x, t: x, noise, sigmas)) for sigmas in grids)
+    assert even == pytest.approx(0.75 * 0.25) and abs(even - math.exp(-1)) < abs(euler - math.exp(-1)) / 1.5
 
 
 def test_a_teacher_folder_with_unipc_exports_a_student_with_euler(micro_pipeline, tmp_path):

@@ -16,6 +16,8 @@ from typing import NoReturn
 from vpae import __version__
 from vpae.errors import UserError
 
+SAMPLERS = ("renoise", "euler", "euler_even")
+
 
 def _count(text: str) -> int:
     value = int(text)
@@ -131,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--bounce", type=_count, metavar="N", help="first frames and captions of N Bounce test clips")
     sample.add_argument("--steps", type=_count, default=1, help="denoising steps (1 and 4: the student's own rule)")
     sample.add_argument(
-        "--sampler", choices=("renoise", "euler"), help="default: renoise at 1 and 4 steps without guidance, else euler"
+        "--sampler", choices=SAMPLERS, help="default: renoise at 1 and 4 steps without guidance, else euler"
     )
     sample.add_argument("--guidance-scale", type=float, default=1.0)
     sample.add_argument("--negative-prompt", help="default: the one that its recipe trained with")
@@ -155,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--clips", type=_count, default=64)
     evaluate.add_argument("--batch", type=_count, default=16)
     evaluate.add_argument("--steps", type=_count, default=1)
-    evaluate.add_argument("--sampler", choices=("renoise", "euler"))
+    evaluate.add_argument("--sampler", choices=SAMPLERS)
     evaluate.add_argument("--guidance-scale", type=float, default=1.0)
     _kernel_options(evaluate)
     evaluate.add_argument("--seed", type=int, default=0)
