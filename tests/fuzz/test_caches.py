@@ -68,6 +68,23 @@ def test_a_manifest_of_any_content(count, made, tmp_path):
         assert isinstance(opened, UserError) or _same(_content(opened), content), "wrong data"
 
 
+@pytest.mark.parametrize("key", ["names", "captions"])
+def test_a_clip_without_a_name_or_caption_is_no_clip(key, made):
+    """Found by the cases below."""
+    cache, wanted, _, _ = made
+    file = cache.folder / "manifest.json"
+    whole = file.read_text()
+    manifest = json.loads(whole)
+    manifest[key][0] = ""
+    manifest["digest"] = sign(manifest)
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    try:
+        with pytest.raises(UserError, match=key):
+            open_cache(cache.folder, wanted, start())
+    finally:
+        file.write_text(whole)
+
+
 @cases(8, 1000)
 def test_a_manifest_of_any_content_signed_anew(count, made, tmp_path):
     """As somebody would who wants it read: what it holds is looked at before anything is taken from it."""

@@ -127,6 +127,17 @@ def test_a_state_of_any_content(count, folder, tmp_path):
             assert made[0] == plain or not {"crc32", "sha256"} & set(made[0])
 
 
+def test_fewer_than_no_steps_are_refused(micro_recipe, tmp_path):
+    """Found by the cases below."""
+    trainer = make_trainer(micro_recipe, "equilibrium", tmp_path / "run")
+    file = trainer.save() / "state.json"
+    state = {key: value for key, value in json.loads(file.read_text()).items() if key != "sha256"}
+    state["steps"]["head"] = -1
+    file.write_text(json.dumps(state | {"sha256": integrity._digest(state)}), encoding="utf-8")
+    with pytest.raises(UserError, match="does not say how to go on"):
+        trainer.resume()
+
+
 @cases(8, 1000)
 def test_a_run_goes_on_from_a_state_or_says_why_not(count, micro_recipe, tmp_path):
     """Tensors right and seal right, the state of any content: turns, steps, means, counts."""

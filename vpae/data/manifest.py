@@ -43,7 +43,7 @@ def fault(manifest: Any) -> str:
         **{key: isinstance(manifest.get(key), str) for key in _TEXTS},
         **{key: _count(manifest.get(key), 1) for key in ("count", "text_rows", "temporal_stride")},
         **{
-            key: isinstance(of, list) and len(of) == count and all(isinstance(text, str) for text in of)
+            key: isinstance(of, list) and len(of) == count and all(isinstance(text, str) and text for text in of)
             for key, of in (("names", names), ("captions", captions))
         },
     }

@@ -172,6 +172,8 @@ class Trainer:
         """Go on where a checkpoint's state says; its tensors are in place."""
         state, names = found.state, self.method.players
         self.turn, self.steps = found.turn, {name: int(state["steps"][name]) for name in names}
+        if any(step < 0 for step in self.steps.values()):
+            raise ValueError(f"steps are {self.steps}")
         self.seconds = float(state["seconds"])
         for name, player in names.items():
             late = state["late_parameters"][name]
