@@ -6,9 +6,11 @@
 
 Networks have the recipe's widths and random weights, clips are random tensors: time and memory do not depend on the
 values. Every cell (recipe, phase, player, tokens, depth) is a process of its own, so that its peak is its own: resident
-memory on a CPU, allocated memory on a GPU. Turns are the trainer's, whole: data, noise, loss, backward, clipping,
-AdamW, EMA. For the two phases of V-PAE (full student) the same turn is also taken by a bare loop over diffusers
-(``bare_step.py``), turn about in one process; both compute all 512 text rows there, and the FLOPs of both are counted.
+memory on a CPU, allocated memory on a GPU. Beside it stands what ``vpae plan`` foresees for the cell: to be compared on
+a GPU; on a CPU the peak also holds the libraries' code and buffers, which plan.py takes off. Turns are the trainer's,
+whole: data, noise, loss, backward, clipping, AdamW, EMA. For the two phases of V-PAE (full student) the same turn is
+also taken by a bare loop over diffusers (``bare_step.py``), turn about in one process; both compute all 512 text rows
+there, and the FLOPs of both are counted.
 Writes benchmarks/results/train_step_DEVICE.json.
 """
 
@@ -47,6 +49,9 @@ from vpae.engine.trainer import Trainer
 from vpae.errors import UserError
 from vpae.files import write_json
 from vpae.methods.base import Batch
+from vpae.plan.account import phase_load
+from vpae.plan.shapes import shapes_of
+from vpae.plan.simulate import Hardware
 from vpae.released import TRANSFORMERS
 
 TEXT_ROWS = 24  # a prompt of usual length
@@ -185,6 +190,18 @@ def measure(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def planned(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``vpae plan`` foresees for the cell: the most bytes at once in its player's turn."""
+    recipe = load(cell.recipe, arguments.set)
+    if recipe.equilibrium is not None:
+        recipe = dataclasses.replace(recipe, equilibrium=dataclasses.replace(recipe.equilibrium, taps=None))
+    config = config_of(recipe) | {"num_layers": cell.depth}
+    found = shapes_of(recipe)
+    shapes = dataclasses.replace(found, config=config, latent=cell.latent_shape, text_rows=TEXT_ROWS)
+    load_of_phase = phase_load(recipe, cell.phase, shapes, Hardware(1, cuda=torch.cuda.is_available()))
+    return {"planned_bytes": round(max(sum(part.values()) for part in load_of_phase.turns[cell.player].segments))}
+
+
 def against_bare(cell: Cell, arguments: argparse.Namespace) -> dict[str, Any]:
     """The trainer's turn and the bare loop's, turn about."""
     overrides = [*arguments.set, "teacher.fold_text_padding=false"]
@@ -295,7 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     arguments.size = arguments.size or [[64, 64]]
     rows, bare, failed = [], [], {}
-    print(f"{'recipe, phase, player':<44}{'blocks':>7}{'tokens':>8}{'s a turn':>10}{'GFLOP':>9}{'peak MiB':>10}")
+    columns = f"{'blocks':>7}{'tokens':>8}{'s a turn':>10}{'GFLOP':>9}{'peak MiB':>10}{'planned':>9}"
+    print(f"{'recipe, phase, player':<44}{columns}")
     try:
         for cell in cells(arguments) if arguments.repeats else ():
             label = f"{Path(cell.recipe).stem}, {cell.phase}, {cell.player}"
@@ -304,10 +322,14 @@ def main(argv: list[str] | None = None) -> int:
                 failed[f"{label}, {cell.depth} blocks, {cell.tokens} tokens"] = found
                 print(f"{label:<44}{cell.depth:>7}{cell.tokens:>8}  failed: {found.strip().splitlines()[-1]}")
                 continue
-            rows.append({**dataclasses.asdict(cell), "tokens": cell.tokens, **found})
+            plan = in_own_process(planned, cell, arguments)
+            if isinstance(plan, str):
+                failed[f"plan of {label}, {cell.depth} blocks, {cell.tokens} tokens"], plan = plan, {}
+            rows.append({**dataclasses.asdict(cell), "tokens": cell.tokens, **found, **plan})
             print(
                 f"{label:<44}{cell.depth:>7}{cell.tokens:>8}{found['seconds']['median']:>10.3f}"
-                f"{found['flops'] / 1e9:>9.1f}{found['peak_bytes'] / 2**20:>10.0f}",
+                f"{found['flops'] / 1e9:>9.1f}{found['peak_bytes'] / 2**20:>10.0f}"
+                f"{plan.get('planned_bytes', float('nan')) / 2**20:>9.0f}",
                 flush=True,
             )
         first = {(c.recipe, c.phase, c.player): c for c in reversed(list(cells(arguments)))}

@@ -61,7 +61,7 @@ def test_a_turn_computes_no_more_than_a_bare_loop_over_diffusers(micro_recipe, t
     options = ["--size", 32, 32, "--frames", 5, "--repeats", 1, "--pairs", 1, "--output", tmp_path]
     document, _ = _run("train_step.py", recipe, *options)
     assert document["failed"] == {} and len(document["rows"]) == 4
-    assert all(row["peak_bytes"] > 0 and row["flops"] > 0 for row in document["rows"])
+    assert all(row["peak_bytes"] > 0 and row["flops"] > 0 and row["planned_bytes"] > 0 for row in document["rows"])
     compared = {(row["phase"], row["player"]): row["flops"] for row in document["against_bare_loop"]}
     assert len(compared) == 4
     for flops in compared.values():
