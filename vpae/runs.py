@@ -17,7 +17,7 @@ from vpae.engine import restarts
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
 from vpae.files import write_text
-from vpae.strict import read_yaml
+from vpae.strict import read_yaml, shown
 
 RECIPE = "recipe.yaml"
 PHASES = ("priming", "equilibrium")  # of V-PAE, in order, and their folders' names
@@ -77,11 +77,12 @@ def first_difference(there: Any, here: Any, prefix: str = "", places: tuple[str,
     """Names the first key in which two plain values differ, with both values; empty where they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in {**here, **there}:
-            found = first_difference(there.get(key), here.get(key), f"{prefix}.{key}" if prefix else str(key), places)
+            name = str(key) if str(key).isprintable() else shown(key)  # on one line, whatever a damaged file holds
+            found = first_difference(there.get(key), here.get(key), f"{prefix}.{name}" if prefix else name, places)
             if found:
                 return found
         return ""
-    return "" if there == here else f"{prefix} is {there!r} {places[0]} and {here!r} {places[1]}"
+    return "" if there == here else f"{prefix} is {shown(there)} {places[0]} and {shown(here)} {places[1]}"
 
 
 # keys of section engine that change the numbers

@@ -15,6 +15,7 @@ from vpae.engine import checkpoint as checkpoints
 from vpae.engine import integrity
 from vpae.engine.parallel import start
 from vpae.errors import UserError
+from vpae.runs import first_difference
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5), "c": torch.zeros(0, 3)}
 STATE = {"identity": {"seed": 0}, "turns": 9, "steps": {"student": 1}, "watch": {}, "seconds": 0.25}
@@ -136,6 +137,13 @@ def test_fewer_than_no_steps_are_refused(micro_recipe, tmp_path):
     file.write_text(json.dumps(state | {"sha256": integrity._digest(state)}), encoding="utf-8")
     with pytest.raises(UserError, match="does not say how to go on"):
         trainer.resume()
+
+
+def test_a_difference_is_told_on_one_line():
+    """Found by the cases below: keys come from a file that may hold anything."""
+    told = first_difference({"a\nb": "c\nd"}, {"e": 1})
+    assert told == "e is None there and 1 here"
+    assert first_difference({"a\nb": "c\nd"}, {}) == r"'a\nb' is 'c\nd' there and None here"
 
 
 @cases(8, 1000)
