@@ -51,7 +51,7 @@ from vpae.files import write_json
 from vpae.methods.base import Batch
 from vpae.plan.account import phase_load
 from vpae.plan.shapes import shapes_of
-from vpae.plan.simulate import Hardware
+from vpae.plan.simulate import Hardware, Silent
 from vpae.released import TRANSFORMERS
 
 TEXT_ROWS = 24  # a prompt of usual length
@@ -87,13 +87,6 @@ class RandomClips:
         """As a cache answers; with the noise of the clips where a method learns from the teacher's own."""
         rows = torch.tensor([i % self.count for i in indices], device=self.x0.device)
         return Batch(self.x0[rows], self.condition[rows], self.null[rows], draws, noise=self.noise[rows])
-
-
-class Silent:
-    """A tracker that writes nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
 
 
 @dataclasses.dataclass(frozen=True)
