@@ -21,7 +21,22 @@ import numpy as np
 from common import commit, write_result
 
 from vpae import recipe as recipes
+from vpae.engine.tracking import read_log
 from vpae.files import write_json
+from vpae.runs import phases_of
+
+
+def curves(folder: Path, recipe: recipes.Recipe) -> dict[str, dict[str, list[float]]]:
+    """How each phase's curves went: ``{phase: {curve: [mean of its first tenth, mean of its last]}}``."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for phase in phases_of(recipe):
+        values: dict[str, list[float]] = {}
+        for line in read_log(folder / phase / "log.jsonl"):
+            for key, value in line.items():
+                values.setdefault(key, []).append(value)
+        ends = {key: (each, max(1, len(each) // 10)) for key, each in values.items() if key not in ("turn", "seconds")}
+        found[phase] = {k: [float(np.mean(each[:n])), float(np.mean(each[-n:]))] for k, (each, n) in ends.items()}
+    return found
 
 
 def main() -> None:
@@ -75,6 +90,7 @@ def main() -> None:
             | {"seconds_per_clip": spread([run["rows"][row]["seconds_per_clip"] for run in runs.values()])}
             for row, first in next(iter(runs.values()))["rows"].items()
         },
+        "curves": {s: curves(Path("outputs/benchmarks") / f"{recipe.name}-seed{s}", recipe) for s in arguments.seeds},
         "runs": runs,
     }
     target = write_result(f"main_job_{recipe.name}", document)
