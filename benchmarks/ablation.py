@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import write_result
-from contest import COLUMNS, Entry, print_table, run_jobs, summary
+from contest import COLUMNS, WORLDS, Entry, in_world, print_table, run_jobs, summary
 
 from vpae.errors import UserError
 
@@ -127,6 +127,7 @@ def verdict(rows: dict[str, Any], paper: tuple[str, ...]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml")
+    parser.add_argument("--world", choices=WORLDS, default="open", help="closed: that of the recipes")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[])
     parser.add_argument("--studies", nargs="+", choices=("priming", *STUDIES), default=("priming", *STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -142,7 +143,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    overrides = tuple(arguments.overrides)
+    overrides = (*in_world(arguments.world, arguments.recipe), *arguments.overrides)
     options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
     root, tables = arguments.root, {}
     jobs = {}
@@ -165,7 +166,8 @@ def run(arguments: argparse.Namespace) -> None:
         paper = ("VSD", "consistency") if study == "priming" else STUDIES[study].paper
         tables[study] = {"rows": rows, "paper": list(paper), "verdict": verdict(rows, paper), "jobs": found}
         print_table(f"{study}: {tables[study]['verdict']}", rows, (*COLUMNS, "training_minutes"))
-    write_result("ablation", {"benchmark": "ablation", "seeds": arguments.seeds, "clips": arguments.clips} | tables)
+    about = {"benchmark": "ablation", "world": arguments.world, "seeds": arguments.seeds, "clips": arguments.clips}
+    write_result("ablation", about | tables)
     print(json.dumps({"benchmark": "ablation", "verdicts": {name: t["verdict"] for name, t in tables.items()}}))
 
 

@@ -20,7 +20,20 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, write_result
-from contest import COLUMNS, Entry, judge, measure_costs, on_budget, print_table, run_jobs, spread, summary, whole_cost
+from contest import (
+    COLUMNS,
+    WORLDS,
+    Entry,
+    in_world,
+    judge,
+    measure_costs,
+    on_budget,
+    print_table,
+    run_jobs,
+    spread,
+    summary,
+    whole_cost,
+)
 from quality_figure import write_figure
 
 from vpae.data.look import contact_sheet
@@ -40,13 +53,14 @@ TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' mo
 }
 
 
-def entries(ours: Path, peers: Path, chosen: list[str] | None, overrides: tuple[str, ...]) -> list[Entry]:
+def entries(ours: Path, peers: Path, chosen: list[str] | None, world: str, overrides: tuple[str, ...]) -> list[Entry]:
     """V-PAE, its phases alone, and the peers' recipes of a folder."""
+    own = (*in_world(world, ours), *overrides)
     found = [
-        Entry("vpae", ours, overrides),
-        Entry("priming", ours, (*overrides, "equilibrium=null")),
-        Entry("equilibrium", ours, (*overrides, "priming=null")),
-        *(Entry(path.stem, path, overrides) for path in sorted(peers.glob("*.yaml"))),
+        Entry("vpae", ours, own),
+        Entry("priming", ours, (*own, "equilibrium=null")),
+        Entry("equilibrium", ours, (*own, "priming=null")),
+        *(Entry(path.stem, path, (*in_world(world, path), *overrides)) for path in sorted(peers.glob("*.yaml"))),
     ]
     names = [e.name for e in found]
     if unknown := sorted(set(chosen or ()) - set(names)):
@@ -107,6 +121,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml", help="V-PAE's")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
     parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--world", choices=WORLDS, default="open", help="closed: that of the recipes")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="for every recipe: teacher.path=... ")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--equal", nargs="+", choices=("seconds", "clips"), default=["seconds", "clips"])
@@ -127,8 +142,9 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     split = "test" if arguments.final else "validation"
-    chosen = entries(arguments.recipe, arguments.peers, arguments.methods, tuple(arguments.overrides))
-    vpae = Entry("vpae", arguments.recipe, tuple(arguments.overrides))
+    every = entries(arguments.recipe, arguments.peers, None, arguments.world, tuple(arguments.overrides))
+    chosen = entries(arguments.recipe, arguments.peers, arguments.methods, arguments.world, tuple(arguments.overrides))
+    vpae = next(e for e in every if e.name == "vpae")
     looks = guard(split, {e.name: digest(e.load()) for e in chosen}, arguments.because)
     costs = measure_costs([vpae, *(e for e in chosen if e.name != "vpae")], arguments.root, arguments.ranks)
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)
@@ -160,6 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
         "benchmark": "quality",
         "split": split,
         "looks": looks,
+        "world": arguments.world,
         "clips": arguments.clips,
         "seeds": arguments.seeds,
         "costs": {name: {"seconds": c.seconds, "clips": c.clips} for name, c in costs.items()},

@@ -46,6 +46,62 @@ def test_a_budget_is_met_with_the_phases_in_their_own_proportions(contest, folde
     assert contest.on_budget(alone, contest.Cost([2.0], [12.0]), "seconds", 10) == ("priming.student_steps=5",)
 
 
+def test_a_warm_up_of_the_head_is_scaled_and_paid_for_like_student_steps(contest, folder):
+    """Three players' turns of 2 and 1 s, four clips each; four student steps after eight turns of the head alone."""
+    entry = contest.Entry("vpae", folder / "vpae.yaml", ("equilibrium.head_warmup_turns=8",))
+    assert entry.warm_up() == {"equilibrium.head_warmup_turns": 8}
+    log = folder / "equilibrium" / "log.jsonl"
+    log.parent.mkdir()
+    turns = [{"turn": 2 * i, "head/seconds": 1.0} | {"student/seconds": 2.0} for i in range(4)]
+    log.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    assert contest._phase_cost(log.parent, entry) == (2.0 + 1.0 * (1 + 8 / 4), 4 * (1 + 1 + 8 / 4))
+    assert contest._phase_cost(log.parent, contest.Entry("plain", folder / "vpae.yaml")) == (3.0, 8.0)
+    cost = contest.Cost(seconds=[2.0, 5.0], clips=[12.0, 16.0])
+    assert contest.on_budget(entry, cost, "seconds", 260) == (
+        "priming.student_steps=30",
+        "equilibrium.student_steps=40",
+        "equilibrium.head_warmup_turns=80",
+    )
+
+
+def test_a_job_of_another_recipe_is_set_aside_and_one_of_the_same_stays(contest, folder):
+    entry, job = contest.Entry("vpae", folder / "vpae.yaml"), folder / "vpae-seed0"
+    job.mkdir()
+    (job / "recipe.yaml").write_text(contest.recipes.dump(entry.load()))
+    contest.set_aside(job, contest.recipes.digest(entry.load()))
+    assert job.is_dir()
+    contest.set_aside(job, contest.recipes.digest(entry.load("seed=7")))
+    (aside,) = folder.glob("vpae-seed0-of-*")
+    assert not job.exists() and (aside / "recipe.yaml").is_file()
+    contest.set_aside(job, "nothing there")
+
+
+def test_the_open_world_has_teacher_clips_of_its_own(contest):
+    peers = BENCHMARKS.parent / "recipes" / "peers"
+    assert contest.in_world("closed", peers / "ladd.yaml") == ()
+    assert not any("teacher_samples" in o for o in contest.in_world("open", peers / "dmd2.yaml"))
+    folders = [
+        contest.Entry("ladd", peers / "ladd.yaml", contest.in_world(w, peers / "ladd.yaml")).load()
+        for w in ("closed", "open")
+    ]
+    closed, open_ = (recipe.method.teacher_samples.folder for recipe in folders)
+    assert closed != open_ and {r.data.source["world"].get("unsaid") for r in folders} == {None, 0.6}
+
+
+def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
+    """The issue's fairness: the same number of trial runs, each a recipe that loads."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality
+    import tuning
+
+    every = quality.entries(quality.RECIPES / "quickstart.yaml", quality.RECIPES / "peers", None, "open", ())
+    tried = {e.name: tuning.trials(e) for e in every if e.name in tuning.SPACES}
+    assert set(tried) == {e.name for e in every} - {"priming", "equilibrium"}
+    assert {len(each) for each in tried.values()} == {6}
+    for each in tried.values():
+        assert len({repr(trial.load()) for trial in each}) == 6
+
+
 def test_the_verdict_of_a_study_knows_what_is_no_difference(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from ablation import verdict
@@ -66,7 +122,8 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     shutil.copytree(BENCHMARKS, checkout, ignore=shutil.ignore_patterns("results", "__pycache__"))
     (checkout / "results").mkdir()
     command = [sys.executable, str(checkout / "quality.py"), "--recipe", str(folder / "vpae.yaml"), "--peers"]
-    command += [str(folder / "peers"), "--methods", "vpae", "lcm", "--seeds", "0", "--clips", "2", "--ranks", "1"]
+    command += [str(folder / "peers"), "--methods", "vpae", "lcm", "--world", "closed", "--seeds", "0"]
+    command += ["--clips", "2", "--ranks", "1"]
     command += ["--root", str(folder / "jobs"), "--equal", "clips"]
     where = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
