@@ -158,7 +158,8 @@ def _phase_cost(phase: Path, entry: Entry) -> tuple[float, float]:
     for key, warm in entry.warm_up().items():
         if key.split(".")[0] == phase.name:
             counts["head"] += warm / entry.steps()[f"{phase.name}.student_steps"]
-    seconds = {player: statistics.median(times[min(_WARM, len(times) - 1) :]) for player, times in turns.items()}
+    # a mean, since turns of one player differ (lazy R1); rounds are joined by their median
+    seconds = {player: statistics.fmean(times[min(_WARM, len(times) - 1) :]) for player, times in turns.items()}
     batch = entry.load().engine.global_batch
     return sum(seconds[player] * n for player, n in counts.items()), batch * sum(counts.values())
 

@@ -132,6 +132,7 @@ def micro_recipe(micro_pipeline, micro_cache_folder) -> dict:
             "form": "separate",
             "on": "real",
             "precision": "engine",
+            "every": 1,
         },
         "sds": {"weight": 10.0, "time": _law(), "guidance_scale": 2.0, "first_frame_weight": 1.0},
         "ema_decay": 0.9,

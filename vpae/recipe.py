@@ -76,7 +76,8 @@ class R1:
     ``form``: ``separate`` two differences, one under noise that is constant in time, one under noise that is constant
     over space; ``joint`` one difference under their sum; ``differences`` as ``separate``, but the temporal noise moves
     each pixel's step from frame to frame. ``precision``: of the judge's forwards for this term; where the engine's is
-    bf16, a difference at sigma 0.01 is mostly rounding, and fp32 costs one forward more and slower ones.
+    bf16, a difference at sigma 0.01 is mostly rounding, and fp32 costs one forward more and slower ones. ``every``: on
+    every so many-th turn of the head, with as many times the weight (lazy regularisation, StyleGAN2, arXiv 1912.04958).
     """
 
     weight: float
@@ -85,6 +86,7 @@ class R1:
     form: Literal["separate", "joint", "differences"]
     on: Literal["real", "both"]
     precision: Literal["engine", "fp32"]
+    every: int
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "engine": {"sequence_parallel": 1, "optimiser_state": "fp32", "ema_on": "device", "async_checkpoints": False},
     "optimiser": {"eps": 1e-8},
     "equilibrium": {"head_warmup_turns": 0},
+    "r1": {"every": 1},
 }
 
 

@@ -219,7 +219,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 } | dict.fromkeys(
     "steps fake_per_student head_per_student critic_per_student grid_steps count frames batch clips teacher_steps "
     "width num_heads queries global_batch micro_batch sequence_parallel log_every sample_every samples "
-    "checkpoint_every keep_checkpoints patience".split(),
+    "checkpoint_every keep_checkpoints patience every".split(),
     (lambda v: v >= 1, "at least 1"),
 )
 

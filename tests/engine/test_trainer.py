@@ -217,6 +217,21 @@ def test_the_log_of_turns_that_run_again_is_replaced(micro_recipe, tmp_path):
     assert [r["turn"] for r in records] == [0, 1, 2, 3, 4] and not any("stale" in r for r in records)
 
 
+def test_a_resumed_run_takes_lazy_r1_in_the_same_turns(micro_recipe, tmp_path):
+    micro_recipe["equilibrium"]["r1"]["every"] = 2
+    micro_recipe["equilibrium"]["student_steps"] = 5
+    first = make_trainer(micro_recipe, "equilibrium", tmp_path)
+    first.train(until=3)  # within a period: head, student, head
+    first.save()
+    second = make_trainer(micro_recipe, "equilibrium", tmp_path)
+    second.resume()
+    second.train()
+    records = read_log(tmp_path / "equilibrium" / "log.jsonl")
+    heads = [r for r in records if "head/adversarial" in r]
+    assert [r["turn"] for r in heads if "head/st_r1" in r] == [0, 4, 8]
+    assert [r["turn"] for r in heads] == [0, 2, 4, 6, 8]
+
+
 def test_tensorboard_holds_the_same_scalars_as_the_log(micro_recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -144,6 +144,7 @@ def test_no_purpose_serves_twice_in_a_turn(build, batch_of):
         "form": "separate",
         "on": "both",
         "precision": "engine",
+        "every": 1,
     }
     stage = build("equilibrium", r1=r1)
     for player, count in (("head", 8), ("student", 5)):
@@ -244,6 +245,7 @@ def test_st_r1_against_its_closed_form_for_a_linear_head(build, form, on):
         "form": form,
         "on": on,
         "precision": "engine",
+        "every": 1,
     }
     stage = build("equilibrium", r1=r1)
     draws = Draws(0, range(count))
@@ -292,7 +294,14 @@ def test_st_r1_in_fp32_under_bf16(build, batch_of, precision):
     """Its value and gradient are those of an fp32 run; in bf16 a difference at sigma 0.01 is rounding."""
     results = {}
     for autocast in (False, True):
-        r1 = {"weight": 1.0, "spatial_sigma": 0.01, "temporal_sigma": 0.01, "form": "separate", "on": "real"}
+        r1 = {
+            "weight": 1.0,
+            "spatial_sigma": 0.01,
+            "temporal_sigma": 0.01,
+            "form": "separate",
+            "on": "real",
+            "every": 1,
+        }
         stage, batch = build("equilibrium", r1=r1 | {"precision": precision}), batch_of(4)
         method = stage.method
         t = method._judge_time(batch)
@@ -321,10 +330,34 @@ def test_st_r1_switched_off_costs_no_forward(build):
         "form": "separate",
         "on": "both",
         "precision": "engine",
+        "every": 1,
     }
     stage = build("equilibrium", r1=r1)
     outcome = stage.take_turn("head")
     assert "st_r1" not in outcome.scalars and len(stage.calls) == 3
+
+
+def test_lazy_st_r1_comes_on_every_third_turn_of_the_head_with_three_times_the_weight(build, batch_of):
+    """Which turns: those of the head are counted, warm-up and all; and a resumed run counts as an undisturbed one."""
+    r1 = {"weight": 0.5, "spatial_sigma": 0.1, "temporal_sigma": 0.1, "form": "separate", "on": "real"}
+    stage = build(
+        "equilibrium",
+        head_warmup_turns=2,
+        head_per_student=2,
+        student_steps=4,
+        r1=r1 | {"precision": "engine", "every": 3},
+    )
+    method, batch, heads = stage.method, batch_of(4), 0
+    for turn in range(method.turns):
+        if method.player_of(turn) == "student":
+            continue
+        outcome = stage.take_turn("head", dataclasses.replace(batch, turn=turn))
+        terms = outcome.scalars
+        assert ("st_r1" in terms) == (heads % 3 == 0)
+        expected = terms["adversarial"] + 3 * 0.5 * terms.get("st_r1", 0)
+        assert float(outcome.loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+        heads += 1
+    assert heads == 2 + 2 * 4
 
 
 def test_sds_switched_off_asks_no_teacher(build):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +289,8 @@ class Trainer:
             draws = Draws(self.run.seed, positions, self.processes.device)
             indices = [self.stream.index(p) for p in positions]
             batch = self.processes.together(lambda i=indices, d=draws: self.run.fetch(i, d))
+            if isinstance(batch, Batch):
+                batch = replace(batch, turn=self.turn)
             with autocast(self.processes, self.run.settings.precision):
                 outcome = self.method.loss(name, batch)
             finite &= outcome.loss.isfinite()

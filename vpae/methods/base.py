@@ -22,6 +22,7 @@ class Batch:
         null: the same condition with the recipe's ``negative_prompt``, for guidance and dropout.
         draws: the random numbers of these samples.
         noise: where ``x0`` are the teacher's own samples, the noise that it made them from.
+        turn: that it is for.
     """
 
     x0: Tensor
@@ -29,6 +30,7 @@ class Batch:
     null: Condition
     draws: Draws
     noise: Tensor | None = None
+    turn: int = 0
 
 
 @dataclass

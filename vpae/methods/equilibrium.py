@@ -69,6 +69,11 @@ class Equilibrium:
         warm = turn >= self.settings.head_warmup_turns
         return "student" if warm and place == self.settings.head_per_student else "head"
 
+    def _head_turns_before(self, turn: int) -> int:
+        """How many of the turns before this one were the head's."""
+        late = max(0, turn - self.settings.head_warmup_turns)
+        return turn - late // (self.settings.head_per_student + 1)
+
     def generate(self, batch: Batch) -> Tensor:
         """The 1-NFE sample from pure noise."""
         noise = batch.draws.normal_like("student noise", batch.x0)
@@ -100,12 +105,13 @@ class Equilibrium:
         adversarial = self.adversary[0](real, fake)
         scalars = {"adversarial": adversarial.detach(), **judging.scalars(real, fake)}
         loss = adversarial
-        if self.settings.r1.weight > 0:
+        every = self.settings.r1.every
+        if self.settings.r1.weight > 0 and self._head_turns_before(batch.turn) % every == 0:
             r1 = self._st_r1(real, real_t, t, batch, "real")
             if self.settings.r1.on == "both":
                 r1 = r1 + self._st_r1(fake, fake_t, t, batch, "fake")
             scalars["st_r1"] = r1.detach()
-            loss = loss + self.settings.r1.weight * r1
+            loss = loss + self.settings.r1.weight * every * r1
         return Outcome(loss, scalars)
 
     def _st_r1(self, logits: Tensor, x_t: Tensor, t: Tensor, batch: Batch, which: str) -> Tensor:
