@@ -47,6 +47,7 @@ _WORLDS = {
     "open": (
         "teacher.path=tiny_wan_open",
         "data.source.world.unsaid=0.6",
+        "data.source.count=2048",
         "data.cache=outputs/cache/bounce-train-open",
     ),
 }

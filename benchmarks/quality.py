@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --seeds 0 1 2 3 4                 # validation split: for choosing settings
     python benchmarks/quality.py --seeds 0 1 2 3 4 --final         # test split, once
+    python benchmarks/quality.py --lines --world open              # the teacher alone
 
 Each (table, method, seed) is a job of its own under outputs/benchmarks/quality/, trained with checkpoints: give the
 same command again after a stop, however long later. The budget is what V-PAE's recipe costs (``--minutes``, ``--clips-
@@ -116,6 +117,17 @@ def guard(split: str, digest: dict[str, str], because: str | None) -> list[dict[
     return [*looks, {"recipes": digest, "because": because or "first"}]
 
 
+def write_lines(arguments: argparse.Namespace, entry: Entry, split: str) -> None:
+    """The teacher's rows alone, into ``results/quality_lines_WORLD.json``."""
+    rows, _ = reference(arguments.root, entry, split, arguments.clips)
+    print_table(f"{arguments.world} world, {split} split", {n: _as_summary(row) for n, row in rows.items()}, COLUMNS)
+    best = rows["teacher 100 NFE"]["values"]["mean"]
+    percent = {name: round(_percent(row["values"]["mean"], best), 2) for name, row in rows.items()}
+    about = {"benchmark": "quality_lines", "world": arguments.world, "split": split, "clips": arguments.clips}
+    write_result(f"quality_lines_{arguments.world}", about | {"percent_of_100_nfe": percent, "teacher": rows})
+    print(json.dumps(about | {"percent_of_100_nfe": percent}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml", help="V-PAE's")
@@ -130,6 +142,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64, help="that are judged")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--final", action="store_true", help="judge on the test split")
+    parser.add_argument("--lines", action="store_true", help="judge the teacher alone: how far its lines lie apart")
     parser.add_argument("--because", help="why the test split is looked at again")
     parser.add_argument("--root", type=Path, default=Path("outputs/benchmarks/quality"))
     arguments = parser.parse_args()
@@ -145,6 +158,9 @@ def run(arguments: argparse.Namespace) -> None:
     every = entries(arguments.recipe, arguments.peers, None, arguments.world, tuple(arguments.overrides))
     chosen = entries(arguments.recipe, arguments.peers, arguments.methods, arguments.world, tuple(arguments.overrides))
     vpae = next(e for e in every if e.name == "vpae")
+    if arguments.lines:
+        write_lines(arguments, vpae, split)
+        return
     looks = guard(split, {e.name: digest(e.load()) for e in chosen}, arguments.because)
     costs = measure_costs([vpae, *(e for e in chosen if e.name != "vpae")], arguments.root, arguments.ranks)
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)

@@ -49,7 +49,7 @@ def find_model(path: str) -> Path:
     if direct.name in TRANSFORMERS:
         fetch = f"; fetch it with: hf download Wan-AI/{direct.name} --local-dir {path}"
     else:
-        fetch = ", nor the name of a model that ships with vpae (tiny_wan)"
+        fetch = ", nor the name of a model that ships with vpae (tiny_wan, tiny_wan_open)"
     raise UserError(f"teacher.path {path!r} is no folder{fetch}")
 
 
