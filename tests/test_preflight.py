@@ -210,8 +210,9 @@ def test_two_ranks_are_looked_at(vpae, micro_recipe, tmp_path):
     assert any(line.startswith("ok       ranks        2 on 1 machine") for line in lines)
 
 
-def _alone_in(world: int, rank: int, command: list[str], port: int) -> subprocess.Popen:
-    together = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+def _alone_in(world: int, rank: int, command: list[str], port: int, local: int | None = None) -> subprocess.Popen:
+    here = rank if local is None else local
+    together = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(here)}
     environment = os.environ | together | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *command], env=environment, **pipes)
@@ -249,6 +250,7 @@ def test_a_rank_that_hangs_is_named_and_one_that_finds_nobody_says_so():
     ranks[1].communicate()
     assert ranks[0].returncode == 2
     assert f"rank 1 ({socket.gethostname()}) did not come to 'telling of the machines' within 30 s" in err
-    lost = _alone_in(2, 1, ["-m", "vpae", "preflight", "--timeout", "2"], _free_port())
+    # the first of its machine, since of a machine's ranks the first alone tells of an error
+    lost = _alone_in(2, 1, ["-m", "vpae", "preflight", "--timeout", "2"], _free_port(), local=0)
     _, err = lost.communicate(timeout=120)
     assert lost.returncode == 2 and "does not reach rank 0 at 127.0.0.1" in err
