@@ -31,13 +31,22 @@ def _rates(*keys: str, each: tuple[float, ...]) -> list[Overrides]:
     return [tuple(f"{key}.learning_rate={rate}" for key in keys) for rate in each]
 
 
+# From single runs of heads on a student that stood still: momentum helps them most, low noise levels next, and none
+# tells real from generated in its first fifty turns, so they get turns of their own. Lazy R1 halves those.
+_HEAD = (
+    "equilibrium.head_warmup_turns=200",
+    "equilibrium.judge_time.high=0.5",
+    "equilibrium.head_optimiser.betas=[0.9, 0.99]",
+    "equilibrium.r1.every=4",
+)
+
 SPACES: dict[str, list[Overrides]] = {
     "vpae": [
         (),
-        ("equilibrium.head_warmup_turns=200",),
-        ("equilibrium.head_warmup_turns=200", "equilibrium.judge_time.high=0.5"),
-        ("equilibrium.head_warmup_turns=200", "equilibrium.judge_time.high=0.5", "equilibrium.sds.weight=1"),
-        ("equilibrium.head_per_student=3", "equilibrium.judge_time.high=0.5"),
+        _HEAD,
+        (*_HEAD, "equilibrium.student_optimiser.learning_rate=2.0e-5"),
+        (*_HEAD, "equilibrium.head_per_student=3"),
+        (*_HEAD, "equilibrium.sds.weight=1"),
         ("priming.student_optimiser.learning_rate=2.0e-4",),
     ],
     "dmd2": [
