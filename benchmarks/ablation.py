@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from common import write_result
-from contest import COLUMNS, WORLDS, Entry, in_world, print_table, run_jobs, summary
+from contest import COLUMNS, RECIPES, Entry, carry_out, command_line, in_world, print_table, run_jobs, summary
 
-from vpae.errors import UserError
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 _TIME = "{{kind: {kind}, low: {low}, high: {high}, shift: {shift}, mean: 0.0, std: 1.0}}"
 
 
@@ -125,21 +121,10 @@ def verdict(rows: dict[str, Any], paper: tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml")
-    parser.add_argument("--world", choices=WORLDS, default="open", help="closed: that of the recipes")
-    parser.add_argument("--set", dest="overrides", nargs="+", default=[])
+    parser = command_line(__doc__, "ablation")
     parser.add_argument("--studies", nargs="+", choices=("priming", *STUDIES), default=("priming", *STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--root", type=Path, default=Path("outputs/benchmarks/ablation"))
-    arguments = parser.parse_args()
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    carry_out(run, parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

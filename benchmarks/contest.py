@@ -9,6 +9,7 @@ cost is listed apart.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from vpae.roles import Role
 from vpae.runs import RECIPE, environment, phases_of
 
 _ROUNDS, _STEPS, _WARM = 3, 6, 2  # of the measurement of cost: rounds, student steps a phase, turns left out
+RECIPES = Path(__file__).parent.parent / "recipes"
 _OFF = 10**6  # never, in a run of the sizes here
 
 # Overrides of every recipe. In the closed world one evaluation of the teacher comes to 94 % of its best: too little
@@ -51,7 +53,6 @@ _WORLDS = {
         "data.cache=outputs/cache/bounce-train-open",
     ),
 }
-WORLDS = tuple(_WORLDS)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _found(name: str, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tu
 
 
 def in_world(world: str, recipe: Path) -> tuple[str, ...]:
-    """Overrides that move a recipe's teacher and data into one of ``WORLDS``."""
+    """Overrides that move a recipe's teacher and data into one of the worlds."""
     plain = recipes.to_plain(recipes.load(recipe))
     samples = plain.get("method", {}).get("teacher_samples")
     if not _WORLDS[world] or not samples:
@@ -202,16 +203,23 @@ def judge(folder: Path, world: World, split: str, clips: int, plans: Mapping[str
     return rows, shown
 
 
+def job_digest(recipe: recipes.Recipe) -> str:
+    """Of all that a job's result depends on: its recipe, and that of the run it goes on from."""
+    start = getattr(recipe, "priming_run", None)
+    before = f"-{recipes.digest(recipes.load_stored(Path(start) / RECIPE))}" if start else ""
+    return recipes.digest(recipe) + before
+
+
 def set_aside(folder: Path, digest: str) -> None:
-    """Rename the folder of a job whose recipe has changed since; its training may have taken long, so it is kept."""
-    if not (folder / RECIPE).is_file():
-        return
-    found = recipes.digest(recipes.load_stored(folder / RECIPE))
-    if found != digest:
+    """Note beside a folder which job it is for; one of another job is renamed, since training may have taken long."""
+    note = folder.with_name(f"{folder.name}.digest")
+    if folder.is_dir() and note.is_file() and (found := note.read_text()) != digest:
         aside = folder.with_name(f"{folder.name}-of-{found}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         print(f"{folder} was of another recipe: now {aside}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(digest)
 
 
 def run_jobs(
@@ -233,7 +241,7 @@ def run_jobs(
     for seed, entry in itertools.product(seeds, entries):
         folder = root / f"{entry.name}-seed{seed}"
         own = (*settings[entry.name], f"seed={seed}")
-        digest, file = recipes.digest(entry.load(*own)), folder / f"{split}-{clips}.json"
+        digest, file = job_digest(entry.load(*own)), folder / f"{split}-{clips}.json"
         if not file.is_file() or json.loads(file.read_text())["recipe"] != digest:
             print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
             set_aside(folder, digest)
@@ -265,6 +273,27 @@ def summary(jobs: Sequence[dict[str, Any]], row: str) -> dict[str, dict[str, flo
     found["training_minutes"] = spread([job["seconds_training"] / 60 for job in jobs])
     found["peak_gib"] = spread([job["peak_bytes"] / 2**30 for job in jobs])
     return found
+
+
+def command_line(doc: str | None, root: str) -> argparse.ArgumentParser:
+    """The options that every comparison has; ``root``: name of its folder of jobs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml", help="V-PAE's")
+    parser.add_argument("--world", choices=tuple(_WORLDS), default="open", help="closed: that of the recipes")
+    parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="for every recipe: teacher.path=... ")
+    parser.add_argument("--clips", type=int, default=64, help="that are judged")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--root", type=Path, default=Path("outputs/benchmarks") / root)
+    return parser
+
+
+def carry_out(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """``run`` what was asked for; what is wrong with it is told in one line."""
+    try:
+        run(parser.parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 COLUMNS = ("sa", "tc", "fq", "mean", "dynamic_degree", "frechet", "trajectory_error", "diversity")

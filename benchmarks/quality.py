@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ import numpy as np
 from common import RESULTS, write_result
 from contest import (
     COLUMNS,
-    WORLDS,
+    RECIPES,
     Entry,
+    carry_out,
+    command_line,
     in_world,
     judge,
     measure_costs,
@@ -42,7 +43,6 @@ from vpae.errors import UserError
 from vpae.evaluation import clips_of
 from vpae.recipe import digest
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' moves nothing
     "teacher 100 NFE": {"steps": 50, "guidance_scale": 2.0, "sampler": "euler"},
     "teacher 8 NFE": {"steps": 8, "sampler": "euler_even"},
@@ -54,19 +54,29 @@ TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' mo
 }
 
 
-def entries(ours: Path, peers: Path, chosen: list[str] | None, world: str, overrides: tuple[str, ...]) -> list[Entry]:
-    """V-PAE, its phases alone, and the peers' recipes of a folder."""
-    own = (*in_world(world, ours), *overrides)
-    found = [
+def entries(arguments: argparse.Namespace) -> list[Entry]:
+    """V-PAE, its phases alone, and the peers' recipes of a folder, in the world and with the overrides asked for."""
+    ours, overrides = arguments.recipe, arguments.overrides
+    own = (*in_world(arguments.world, ours), *overrides)
+    peers = sorted(arguments.peers.glob("*.yaml"))
+    return [
         Entry("vpae", ours, own),
         Entry("priming", ours, (*own, "equilibrium=null")),
         Entry("equilibrium", ours, (*own, "priming=null")),
-        *(Entry(path.stem, path, (*in_world(world, path), *overrides)) for path in sorted(peers.glob("*.yaml"))),
+        *(Entry(path.stem, path, (*in_world(arguments.world, path), *overrides)) for path in peers),
     ]
-    names = [e.name for e in found]
+
+
+def pick(every: list[Entry], chosen: list[str] | None) -> list[Entry]:
+    """The entries named, or all.
+
+    Raises:
+        UserError: there is none of a name.
+    """
+    names = [e.name for e in every]
     if unknown := sorted(set(chosen or ()) - set(names)):
         raise UserError(f"no method {unknown[0]!r}; there are {', '.join(names)}")
-    return [e for e in found if chosen is None or e.name in chosen]
+    return [e for e in every if chosen is None or e.name in chosen]
 
 
 def reference(root: Path, entry: Entry, split: str, clips: int) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -129,35 +139,23 @@ def write_lines(arguments: argparse.Namespace, entry: Entry, split: str) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml", help="V-PAE's")
+    parser = command_line(__doc__, "quality")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
     parser.add_argument("--methods", nargs="+", help="default: all")
-    parser.add_argument("--world", choices=WORLDS, default="open", help="closed: that of the recipes")
-    parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="for every recipe: teacher.path=... ")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--equal", nargs="+", choices=("seconds", "clips"), default=["seconds", "clips"])
     parser.add_argument("--minutes", type=float, help="of training; default: what V-PAE's recipe takes")
     parser.add_argument("--clips-seen", type=float, help="default: what V-PAE's recipe sees")
-    parser.add_argument("--clips", type=int, default=64, help="that are judged")
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--final", action="store_true", help="judge on the test split")
     parser.add_argument("--lines", action="store_true", help="judge the teacher alone: how far its lines lie apart")
     parser.add_argument("--because", help="why the test split is looked at again")
-    parser.add_argument("--root", type=Path, default=Path("outputs/benchmarks/quality"))
-    arguments = parser.parse_args()
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    carry_out(run, parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     split = "test" if arguments.final else "validation"
-    every = entries(arguments.recipe, arguments.peers, None, arguments.world, tuple(arguments.overrides))
-    chosen = entries(arguments.recipe, arguments.peers, arguments.methods, arguments.world, tuple(arguments.overrides))
-    vpae = next(e for e in every if e.name == "vpae")
+    every = entries(arguments)
+    vpae, chosen = every[0], pick(every, arguments.methods)
     if arguments.lines:
         write_lines(arguments, vpae, split)
         return

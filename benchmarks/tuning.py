@@ -13,15 +13,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from common import write_result
-from contest import COLUMNS, WORLDS, Entry, measure_costs, on_budget, print_table, run_jobs, summary, whole_cost
-from quality import RECIPES, entries
-
-from vpae.errors import UserError
+from contest import (
+    COLUMNS,
+    RECIPES,
+    Entry,
+    carry_out,
+    command_line,
+    measure_costs,
+    on_budget,
+    print_table,
+    run_jobs,
+    summary,
+    whole_cost,
+)
+from quality import entries
 
 Overrides = tuple[str, ...]
 
@@ -99,28 +108,16 @@ def trials(entry: Entry) -> list[Entry]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml", help="V-PAE's")
+    parser = command_line(__doc__, "tuning")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
     parser.add_argument("--methods", nargs="+", choices=SPACES, default=list(SPACES))
-    parser.add_argument("--world", choices=WORLDS, default="open", help="closed: that of the recipes")
-    parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="for every recipe")
     parser.add_argument("--minutes", type=float, help="of training; default: what V-PAE's recipe takes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clips", type=int, default=64, help="that are judged")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--root", type=Path, default=Path("outputs/benchmarks/tuning"))
-    arguments = parser.parse_args()
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    carry_out(run, parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    found = {e.name: e for e in entries(arguments.recipe, arguments.peers, None, arguments.world, ())}
-    every = {name: Entry(e.name, e.recipe, (*e.overrides, *arguments.overrides)) for name, e in found.items()}
+    every = {e.name: e for e in entries(arguments)}
     vpae, options = every["vpae"], {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
     tables: dict[str, Any] = {}
     for method in arguments.methods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -65,15 +66,25 @@ def test_a_warm_up_of_the_head_is_scaled_and_paid_for_like_student_steps(contest
 
 
 def test_a_job_of_another_recipe_is_set_aside_and_one_of_the_same_stays(contest, folder):
-    entry, job = contest.Entry("vpae", folder / "vpae.yaml"), folder / "vpae-seed0"
+    entry, job = contest.Entry("vpae", folder / "vpae.yaml"), folder / "jobs" / "vpae-seed0"
+    contest.set_aside(job, "one")
     job.mkdir()
     (job / "recipe.yaml").write_text(contest.recipes.dump(entry.load()))
-    contest.set_aside(job, contest.recipes.digest(entry.load()))
+    contest.set_aside(job, "one")
     assert job.is_dir()
-    contest.set_aside(job, contest.recipes.digest(entry.load("seed=7")))
-    (aside,) = folder.glob("vpae-seed0-of-*")
-    assert not job.exists() and (aside / "recipe.yaml").is_file()
-    contest.set_aside(job, "nothing there")
+    contest.set_aside(job, "two")
+    assert not job.exists() and (folder / "jobs" / "vpae-seed0-of-one" / "recipe.yaml").is_file()
+    contest.set_aside(job, "two")
+
+    # phase II of another phase I is another job, though its own recipe says the same
+    start = folder / "start"
+    start.mkdir()
+    (start / "recipe.yaml").write_text(contest.recipes.dump(entry.load()))
+    later = contest.Entry("vpae", folder / "vpae.yaml", ("priming=null", f"priming_run={start}"))
+    before = contest.job_digest(later.load())
+    assert before == contest.job_digest(later.load())
+    (start / "recipe.yaml").write_text(contest.recipes.dump(entry.load("priming.guidance_scale=3.0")))
+    assert before != contest.job_digest(later.load())
 
 
 def test_the_open_world_has_teacher_clips_of_its_own(contest):
@@ -94,7 +105,10 @@ def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
     import quality
     import tuning
 
-    every = quality.entries(quality.RECIPES / "quickstart.yaml", quality.RECIPES / "peers", None, "open", ())
+    asked = argparse.Namespace(
+        recipe=quality.RECIPES / "quickstart.yaml", peers=quality.RECIPES / "peers", world="open", overrides=[]
+    )
+    every = quality.entries(asked)
     tried = {e.name: tuning.trials(e) for e in every if e.name in tuning.SPACES}
     assert set(tried) == {e.name for e in every} - {"priming", "equilibrium"}
     assert {len(each) for each in tried.values()} == {6}
