@@ -40,6 +40,7 @@ from vpae.runs import RECIPE, environment, phases_of
 
 _ROUNDS, _STEPS, _WARM = 3, 6, 2  # of the measurement of cost: rounds, student steps a phase, turns left out
 RECIPES = Path(__file__).parent.parent / "recipes"
+_FREE = ("seed", "learning_rate", "betas", "schedule", "warmup_steps", "ema_decay", "low", "high", "mean")  # of charge
 _OFF = 10**6  # never, in a run of the sizes here
 
 # Overrides of every recipe. In the closed world one evaluation of the teacher comes to 94 % of its best: too little
@@ -125,11 +126,21 @@ def train(entry: Entry, folder: Path, ranks: int, overrides: Sequence[str]) -> i
     return used.ru_maxrss * 1024
 
 
+def cost_digest(recipe: recipes.Recipe) -> str:
+    """Of what a step's cost depends on: recipes that differ in rates and the like alone share one measurement."""
+
+    def without(value: Any) -> Any:
+        return {k: without(v) for k, v in value.items() if k not in _FREE} if isinstance(value, dict) else value
+
+    return recipes.digest(without(recipes.to_plain(recipe)))
+
+
 def measure_costs(entries: Sequence[Entry], root: Path, ranks: int) -> dict[str, Cost]:
     """Seconds and clips a student step of every entry; measured once and kept in ``root/costs.json``."""
     file = root / "costs.json"
     kept = json.loads(file.read_text()) if file.is_file() else {}
-    new = [e for e in entries if kept.get(e.name, {}).get("recipe") != recipes.digest(e.load())]
+    digests = {e.name: f"{cost_digest(e.load())}-{ranks}" for e in entries}
+    new = list({digests[e.name]: e for e in entries if digests[e.name] not in kept}.values())
     seconds: dict[str, list[list[float]]] = {e.name: [] for e in new}
     clips: dict[str, list[float]] = {}
     for r, entry in itertools.product(range(_ROUNDS), new):
@@ -143,10 +154,9 @@ def measure_costs(entries: Sequence[Entry], root: Path, ranks: int) -> dict[str,
         clips[entry.name] = [c for _, c in rows]
     for entry in new:
         medians = [statistics.median(phase) for phase in zip(*seconds[entry.name], strict=True)]
-        digest = recipes.digest(entry.load())
-        kept[entry.name] = {"recipe": digest, "seconds": medians, "clips": clips[entry.name], "ranks": ranks}
+        kept[digests[entry.name]] = {"of": entry.name, "seconds": medians, "clips": clips[entry.name]}
     write_json(file, kept)
-    return {e.name: Cost(kept[e.name]["seconds"], kept[e.name]["clips"]) for e in entries}
+    return {name: Cost(kept[digest]["seconds"], kept[digest]["clips"]) for name, digest in digests.items()}
 
 
 def _phase_cost(phase: Path, entry: Entry) -> tuple[float, float]:

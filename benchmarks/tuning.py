@@ -40,63 +40,62 @@ def _rates(*keys: str, each: tuple[float, ...]) -> list[Overrides]:
     return [tuple(f"{key}.learning_rate={rate}" for key in keys) for rate in each]
 
 
-# From single runs of heads on a student that stood still: momentum helps them most, low noise levels next, and none
-# tells real from generated in its first fifty turns, so they get turns of their own. Lazy R1 halves those.
-_HEAD = (
-    "equilibrium.head_warmup_turns=200",
-    "equilibrium.judge_time.high=0.5",
-    "equilibrium.head_optimiser.betas=[0.9, 0.99]",
-    "equilibrium.r1.every=4",
-)
+_CONSISTENCY = "method.consistency.student_optimiser"
+
+
+def _both(second: str, rate: float) -> Overrides:
+    """One learning rate for the student and for the other player."""
+    return tuple(f"method.{player}_optimiser.learning_rate={rate}" for player in ("student", second))
+
+
+_BOTH_HIGH = _both("critic", 6e-4)
 
 SPACES: dict[str, list[Overrides]] = {
     "vpae": [
         (),
-        _HEAD,
-        (*_HEAD, "equilibrium.student_optimiser.learning_rate=2.0e-5"),
-        (*_HEAD, "equilibrium.head_per_student=3"),
-        (*_HEAD, "equilibrium.sds.weight=1"),
-        ("priming.student_optimiser.learning_rate=2.0e-4",),
+        ("priming.fake_per_student=4", "priming.student_optimiser.learning_rate=4.0e-4"),
+        ("priming.student_optimiser.learning_rate=1.0e-3",),
+        ("equilibrium.student_optimiser.learning_rate=1.0e-4",),
+        ("equilibrium.head_per_student=1",),
+        ("equilibrium.sds.weight=1",),
     ],
     "dmd2": [
         (),
-        *_rates("method.student_optimiser", "method.critic_optimiser", each=(5e-5, 2e-4)),
-        ("method.critic_optimiser.learning_rate=3.0e-4",),
-        ("method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
-        ("method.judge_time.high=0.5",),
+        *_rates("method.student_optimiser", "method.critic_optimiser", each=(3e-4, 6e-4, 1e-3)),
+        (*_BOTH_HIGH, "method.critic_per_student=3"),
+        (*_BOTH_HIGH, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
     ],
     "apt": [
         (),
-        *_rates("method.student_optimiser", "method.head_optimiser", each=(3e-5, 1e-4)),
-        ("method.head_optimiser.learning_rate=1.0e-4",),
-        *_rates("method.consistency.student_optimiser", each=(3e-5, 3e-4)),
+        (f"{_CONSISTENCY}.learning_rate=3.0e-4",),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4",),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4", *_both("head", 5e-5)),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4", *_both("head", 2e-4)),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.head_optimiser.learning_rate=3.0e-4"),
     ],
     "pcm": [
         (),
-        *_rates("method.consistency.student_optimiser", each=(3e-5, 3e-4)),
-        ("method.consistency.grid_steps=10",),
-        ("method.adversary.weight=1.0",),
-        ("method.adversary.head_optimiser.learning_rate=1.0e-3",),
+        *_rates(_CONSISTENCY, each=(3e-4, 6e-4, 1e-3)),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.adversary.head_optimiser.learning_rate=1.0e-3"),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.consistency.grid_steps=10"),
     ],
     "lcm": [
         (),
-        *_rates("method.consistency.student_optimiser", each=(3e-5, 3e-4)),
-        ("method.consistency.grid_steps=10",),
-        ("method.consistency.distance=squared",),
-        ("method.consistency.target=student",),
+        *_rates(_CONSISTENCY, each=(3e-4, 6e-4, 1e-3)),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.consistency.target=student"),
+        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.consistency.grid_steps=10"),
     ],
     "ladd": [
         (),
-        *_rates("method.student_optimiser", each=(2e-5, 2e-4)),
-        ("method.head_optimiser.learning_rate=1.0e-3",),
-        ("method.judge_time.mean=0.0",),
-        ("method.head_per_student=3",),
+        *_rates("method.student_optimiser", each=(2e-4, 6e-4)),
+        ("method.student_optimiser.learning_rate=2.0e-4", "method.head_optimiser.learning_rate=1.0e-3"),
+        ("method.student_optimiser.learning_rate=2.0e-4", "method.judge_time.mean=0.0"),
+        ("method.student_optimiser.learning_rate=2.0e-4", "method.head_per_student=3"),
     ],
     "mse": [
         (),
-        *_rates("method.student_optimiser", each=(3e-5, 3e-4, 1e-3)),
-        ("method.ema_decay=0.9",),
-        ("method.ema_decay=0.995",),
+        *_rates("method.student_optimiser", each=(3e-4, 6e-4, 1e-3, 2e-3)),
+        ("method.student_optimiser.learning_rate=6.0e-4", "method.ema_decay=0.95"),
     ],
 }
 
@@ -122,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
     tables: dict[str, Any] = {}
     for method in arguments.methods:
         tried = trials(every[method])
-        costs = measure_costs([vpae, *tried], arguments.root, arguments.ranks)
+        costs = measure_costs([*([] if arguments.minutes else [vpae]), *tried], arguments.root, arguments.ranks)
         budget = arguments.minutes * 60 if arguments.minutes else whole_cost(vpae, costs["vpae"], "seconds")
         settings = {e.name: on_budget(e, costs[e.name], "seconds", budget) for e in tried}
         jobs = run_jobs(tried, [arguments.seed], arguments.root, settings, **options)

@@ -65,6 +65,25 @@ def test_a_warm_up_of_the_head_is_scaled_and_paid_for_like_student_steps(contest
     )
 
 
+def test_what_a_step_costs_is_measured_once_for_recipes_that_differ_in_rates_alone(contest, folder, monkeypatch):
+    trained = []
+
+    def train(entry, *_):
+        trained.append(entry.name)
+
+    monkeypatch.setattr(contest, "train", train)
+    monkeypatch.setattr(contest, "_phase_cost", lambda *_: (float(len(trained)), 12.0))
+    base = contest.Entry("base", folder / "vpae.yaml")
+    rate = contest.Entry("rate", folder / "vpae.yaml", ("priming.student_optimiser.learning_rate=0.01",))
+    ratio = contest.Entry("ratio", folder / "vpae.yaml", ("priming.fake_per_student=7",))
+    costs = contest.measure_costs([base, rate, ratio], folder / "root", 1)
+    assert len(trained) == 6 and len(set(trained)) == 2
+    assert costs["base"] == costs["rate"] != costs["ratio"]
+    assert contest.measure_costs([rate], folder / "root", 1) == {"rate": costs["rate"]} and len(trained) == 6
+    contest.measure_costs([rate], folder / "root", 2)
+    assert len(trained) == 9, "another number of ranks costs something else"
+
+
 def test_a_job_of_another_recipe_is_set_aside_and_one_of_the_same_stays(contest, folder):
     entry, job = contest.Entry("vpae", folder / "vpae.yaml"), folder / "jobs" / "vpae-seed0"
     contest.set_aside(job, "one")

@@ -232,6 +232,23 @@ def test_a_resumed_run_takes_lazy_r1_in_the_same_turns(micro_recipe, tmp_path):
     assert [r["turn"] for r in heads] == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.parametrize(("decay", "steps", "warned"), [(0.995, 1000, False), (0.98, 60, True), (0.9, 60, False)])
+def test_an_ema_that_would_ship_the_weights_it_starts_from_is_told_of(
+    micro_recipe, tmp_path, capsys, decay, steps, warned
+):
+    micro_recipe["priming"] |= {"ema_decay": decay, "student_steps": steps}
+    trainer = make_trainer(micro_recipe, "priming", tmp_path)
+    trainer.train(until=1)
+    told = capsys.readouterr().out
+    assert ("warning: priming: ema_decay 0.98 over 60 student steps leaves 30% of the weights" in told) == warned
+    if warned:
+        assert "; 0.917 would leave under 1 %" in told
+        again = make_trainer(micro_recipe, "priming", tmp_path)
+        assert again.resume()
+        again.train(until=2)
+        assert "warning" not in capsys.readouterr().out
+
+
 def test_tensorboard_holds_the_same_scalars_as_the_log(micro_recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
