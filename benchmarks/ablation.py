@@ -3,10 +3,12 @@
     python benchmarks/ablation.py --seeds 0 1 2
     python benchmarks/ablation.py --seeds 0 1 2 --studies head judge
 
-Phase I is trained once a seed and shared by every study of phase II. Jobs lie under outputs/benchmarks/ablation/; give
-the same command again after a stop. Scores are of the validation split. Each study ends with whether the order found is
-the paper's (V-PAE, arXiv 2508.21019: table of ablations; where the paper gives none, that is said), a difference below
-one standard error counting as none. Writes benchmarks/results/ablation.json.
+Phase I is trained once a seed and shared by every study of phase II. Where phase I itself is studied, consistency
+distillation gets VSD's wall-clock and its own tuned rates (recipes/peers/lcm.yaml). Jobs lie under
+outputs/benchmarks/ablation/; give the same command again after a stop. Scores are of the validation split. Each study
+ends with whether the order found is the paper's (V-PAE, arXiv 2508.21019, table of ablations: TC for judge and head;
+where it gives no figures, that is said): seeds are compared in pairs, and a difference below two standard errors counts
+as none. Writes benchmarks/results/ablation.json; studies of an earlier call on the same terms stay in it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import write_result
-from contest import COLUMNS, RECIPES, Entry, carry_out, command_line, in_world, print_table, run_jobs, summary
+import numpy as np
+from common import RESULTS, write_result
+from contest import (
+    COLUMNS,
+    RECIPES,
+    Entry,
+    carry_out,
+    command_line,
+    in_world,
+    measure_costs,
+    on_budget,
+    ours,
+    print_table,
+    summary,
+    whole_cost,
+)
+from jobs import run_jobs
+
+from vpae.recipe import digest
 
 _TIME = "{{kind: {kind}, low: {low}, high: {high}, shift: {shift}, mean: 0.0, std: 1.0}}"
 
@@ -30,10 +49,11 @@ def _law(kind: str = "uniform", low: float = 0.0, high: float = 0.98, shift: flo
 
 @dataclass(frozen=True)
 class Study:
-    """Variants by name: overrides of the recipe. ``paper``: its order, best first; empty where it gives none."""
+    """Variants by name: overrides of the recipe. ``paper``: its order by ``measure``, best first; empty: none."""
 
     variants: dict[str, tuple[str, ...]]
     paper: tuple[str, ...] = ()
+    measure: str = "mean"
     whole: bool = False  # of both phases, not of phase II on a shared phase I
 
 
@@ -41,12 +61,14 @@ STUDIES = {
     "judge": Study(
         {kind: (f"equilibrium.judge={kind}",) for kind in ("frozen", "unified", "trainable")},
         paper=("unified", "frozen"),  # trainable did not fit into memory at 14B
+        measure="tc",
     ),
     "head": Study(
         {kind: (f"equilibrium.head.kind={kind}",) for kind in ("convolutional", "cross_attention", "semantic")},
         paper=("semantic", "cross_attention", "convolutional"),
+        measure="tc",
     ),
-    "lambda": Study({f"lambda {w}": (f"equilibrium.sds.weight={w}",) for w in (0, 1, 10, 100)}, paper=("lambda 10",)),
+    "lambda": Study({f"lambda {w}": (f"equilibrium.sds.weight={w}",) for w in (0, 1, 10, 100)}),
     "r1": Study(
         {
             "both": (),
@@ -77,14 +99,17 @@ STUDIES = {
 
 
 def priming_study(
-    recipe: Path, overrides: tuple[str, ...], seeds: list[int], root: Path, options: dict[str, Any]
+    recipe: Path, overrides: tuple[str, ...], seeds: list[int], root: Path, options: dict[str, Any], world: str
 ) -> dict[str, list[dict[str, Any]]]:
     """Phase II after VSD, after consistency distillation, and from the teacher itself; each phase I judged as well."""
-    consistency = Entry("consistency alone", RECIPES / "peers" / "lcm.yaml", overrides)
-    steps = Entry("vpae", recipe, overrides).load().priming.student_steps
-    settings = {consistency.name: (f"method.consistency.student_steps={steps}",)}
-    found = run_jobs([consistency], seeds, root, settings, **options)
-    found |= run_jobs([Entry("VSD alone", recipe, (*overrides, "equilibrium=null"))], seeds, root, _NONE, **options)
+    lcm = RECIPES / "peers" / "lcm.yaml"
+    common = tuple(o for o in overrides if not o.startswith(("priming", "equilibrium")))  # it has no such sections
+    consistency = Entry("consistency alone", lcm, (*in_world(world, lcm), *common))
+    vsd = Entry("VSD alone", recipe, (*overrides, "equilibrium=null"))
+    costs = measure_costs([vsd, consistency], root, options["ranks"])
+    budget = whole_cost(vsd, costs[vsd.name], "seconds")
+    settings = {consistency.name: on_budget(consistency, costs[consistency.name], "seconds", budget), vsd.name: ()}
+    found = run_jobs([consistency, vsd], seeds, root, settings, **options)
     for seed in seeds:
         starts = {"VSD": root / f"VSD alone-seed{seed}", "consistency": root / f"consistency alone-seed{seed}"}
         for name, start in starts.items():
@@ -102,22 +127,25 @@ class _Nothing(dict):
 _NONE = _Nothing()  # no overrides for any entry
 
 
-def verdict(rows: dict[str, Any], paper: tuple[str, ...]) -> str:
-    """Whether the order found is the paper's."""
+def verdict(jobs: dict[str, list[dict[str, Any]]], paper: tuple[str, ...], measure: str) -> str:
+    """Whether the order found is the paper's, by pairs of runs of one seed (the same clips, and the same phase I)."""
     if not paper:
-        return "the paper gives no figure"
-    means = {name: (row["mean"]["mean"], row["mean"]["standard_error"] or 0.0) for name, row in rows.items()}
-    if len(paper) == 1:  # it names a best value alone
-        best = max(means, key=lambda name: means[name][0])
-        near = means[best][0] - means[paper[0]][0] <= max(means[best][1], means[paper[0]][1])
-        return "agree" if best == paper[0] else "no difference" if near else "disagree"
+        return "the paper gives no figures"
     said = []
     for better, worse in pairwise(paper):
-        gap = means[better][0] - means[worse][0]
-        error = (means[better][1] ** 2 + means[worse][1] ** 2) ** 0.5
-        said.append("no difference" if abs(gap) <= error else "agree" if gap > 0 else "disagree")
-    pairs = zip(said, pairwise(paper), strict=True)
-    return "; ".join(f"{a} over {b}: {word}" for word, (a, b) in pairs)
+        pairs = zip(jobs[better], jobs[worse], strict=True)
+        whole = [(a["rows"], b["rows"]) for a, b in pairs if "failed" not in a and "failed" not in b]
+        gaps = [a["1 NFE"]["values"][measure] - b["1 NFE"]["values"][measure] for a, b in whole]
+        said.append(f"{better} over {worse}: {_word(gaps)}")
+    return f"{measure}: {'; '.join(said)}"
+
+
+def _word(gaps: list[float]) -> str:
+    if len(gaps) < 2:
+        return "too few seeds to tell"
+    gap, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / len(gaps) ** 0.5)
+    word = "no difference" if abs(gap) < 2 * error else "agree" if gap > 0 else "disagree"
+    return f"{word} ({gap:+.2f} ± {error:.2f})"
 
 
 def main() -> None:
@@ -128,32 +156,44 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    overrides = (*in_world(arguments.world, arguments.recipe), *arguments.overrides)
+    recipe = ours(arguments)
+    overrides = (*in_world(arguments.world, recipe), *arguments.overrides)
     options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
-    root, tables = arguments.root, {}
+    root = arguments.root
     jobs = {}
     if "priming" in arguments.studies:
-        jobs["priming"] = priming_study(arguments.recipe, overrides, arguments.seeds, root, options)
+        jobs["priming"] = priming_study(recipe, overrides, arguments.seeds, root, options, arguments.world)
     for study in (name for name in STUDIES if name in arguments.studies):
         found: dict[str, list] = {}
         for seed in arguments.seeds:
             shared: tuple[str, ...] = ()
             if not STUDIES[study].whole:
-                primed = Entry("VSD alone", arguments.recipe, (*overrides, "equilibrium=null"))
+                primed = Entry("VSD alone", recipe, (*overrides, "equilibrium=null"))
                 run_jobs([primed], [seed], root, _NONE, **options)
                 shared = ("priming=null", f"priming_run={root / f'VSD alone-seed{seed}'}")
             for name, changed in STUDIES[study].variants.items():
-                entry = Entry(f"{study} {name}", arguments.recipe, (*overrides, *shared, *changed))
+                entry = Entry(f"{study} {name}", recipe, (*overrides, *shared, *changed))
                 found.setdefault(name, []).extend(run_jobs([entry], [seed], root, _NONE, **options)[entry.name])
         jobs[study] = found
+    about = {"benchmark": "ablation", "world": arguments.world, "seeds": arguments.seeds, "clips": arguments.clips}
+    about |= {"recipe": digest(Entry("vpae", recipe, overrides).load()), "ranks": arguments.ranks}
+    tables = _of_before(about)
     for study, found in jobs.items():
         rows = {name: summary(runs, "1 NFE") for name, runs in found.items()}
-        paper = ("VSD", "consistency") if study == "priming" else STUDIES[study].paper
-        tables[study] = {"rows": rows, "paper": list(paper), "verdict": verdict(rows, paper), "jobs": found}
-        print_table(f"{study}: {tables[study]['verdict']}", rows, (*COLUMNS, "training_minutes"))
-    about = {"benchmark": "ablation", "world": arguments.world, "seeds": arguments.seeds, "clips": arguments.clips}
-    write_result("ablation", about | tables)
+        paper = ("VSD alone", "consistency alone") if study == "priming" else STUDIES[study].paper
+        measure = "mean" if study == "priming" else STUDIES[study].measure
+        word = verdict(found, paper, measure)
+        tables[study] = {"rows": rows, "paper": list(paper), "verdict": word, "jobs": found}
+        print_table(f"{study}: {word}", rows, (*COLUMNS, "training_minutes", "diverged"))
+    write_result("ablation", about | {"studies": tables})
     print(json.dumps({"benchmark": "ablation", "verdicts": {name: t["verdict"] for name, t in tables.items()}}))
+
+
+def _of_before(about: dict[str, Any]) -> dict[str, Any]:
+    """Studies of an earlier call on the same terms."""
+    file = RESULTS / "ablation.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return before["studies"] if all(before.get(key) == value for key, value in about.items()) else {}
 
 
 if __name__ == "__main__":

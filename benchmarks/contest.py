@@ -1,10 +1,10 @@
-"""What quality.py, tuning.py and ablation.py share: entries trained on one budget, job by job, and judged alike.
+"""What quality.py, tuning.py and ablation.py share: entries trained on one budget and set side by side.
 
 A budget is wall-clock or clips seen, and every ``student_steps`` of an entry's recipe, with its ``head_warmup_turns``,
 is scaled by one factor to meet it. What a step costs is measured before, all entries in turn in each of several rounds,
-so that the number of steps is fixed and a run can be repeated; the seconds it then took are reported beside it. A clip
-is seen when a player's turn uses it. What a method makes once before it trains (clips by the teacher) is data, and its
-cost is listed apart.
+so that the number of steps is fixed and a run can be repeated; the seconds it then took stand beside it, and their
+share of the budget. A clip is seen when a player's turn uses it. What a method makes once before it trains (clips by
+the teacher) is data, outside the budget.
 """
 
 from __future__ import annotations
@@ -12,39 +12,34 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
+import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import commit
+from jobs import train
 
 from vpae import recipe as recipes
-from vpae.data.bounce import Clip, World
-from vpae.data.encoders import Encoders
+from vpae.data.bounce import World
 from vpae.engine.tracking import read_log
 from vpae.errors import UserError
-from vpae.evaluation import clips_of, sample_clips
 from vpae.files import write_json
-from vpae.loading import load_model
-from vpae.quickstart import seconds_training
-from vpae.roles import Role
-from vpae.runs import RECIPE, environment, phases_of
+from vpae.runs import phases_of
 
 _ROUNDS, _STEPS, _WARM = 3, 6, 2  # of the measurement of cost: rounds, student steps a phase, turns left out
 RECIPES = Path(__file__).parent.parent / "recipes"
 _FREE = ("seed", "learning_rate", "betas", "schedule", "warmup_steps", "ema_decay", "low", "high", "mean")  # of charge
 _OFF = 10**6  # never, in a run of the sizes here
 
-# Overrides of every recipe. In the closed world one evaluation of the teacher comes to 94 % of its best: too little
-# room to tell methods apart. In the open one captions are silent about three balls in five: less than half.
+# Overrides that move a recipe into a world. In the closed one a single evaluation of the teacher comes to 94 % of its
+# best: too little room to tell methods apart. In the open one captions are silent about three balls in five: 45 %.
 _WORLDS = {
     "closed": (),
     "open": (
@@ -88,6 +83,11 @@ def _found(name: str, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tu
             yield from _found(name, value, f"{prefix}{key}.")
 
 
+def ours(arguments: argparse.Namespace) -> Path:
+    """V-PAE's recipe: the one asked for, else the world's own."""
+    return arguments.recipe or RECIPES / {"open": "tiny_open.yaml", "closed": "quickstart.yaml"}[arguments.world]
+
+
 def in_world(world: str, recipe: Path) -> tuple[str, ...]:
     """Overrides that move a recipe's teacher and data into one of the worlds."""
     plain = recipes.to_plain(recipes.load(recipe))
@@ -108,22 +108,6 @@ class Cost:
 
     seconds: list[float] = field(default_factory=list)
     clips: list[float] = field(default_factory=list)
-
-
-def train(entry: Entry, folder: Path, ranks: int, overrides: Sequence[str]) -> int:
-    """Run (or go on with) an entry; returns its peak resident memory in bytes, of the largest rank.
-
-    Raises:
-        UserError: it failed.
-    """
-    command = [sys.executable, "-m", "vpae", "distill", str(entry.recipe), "--output", str(folder), "--resume"]
-    command += ["--ranks", str(ranks), "--set", *entry.overrides, *overrides]
-    process = subprocess.Popen(command)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise UserError(f"{entry.name} in {folder} failed with status {process.returncode}; see above")
-    return used.ru_maxrss * 1024
 
 
 def cost_digest(recipe: recipes.Recipe) -> str:
@@ -154,7 +138,8 @@ def measure_costs(entries: Sequence[Entry], root: Path, ranks: int) -> dict[str,
         clips[entry.name] = [c for _, c in rows]
     for entry in new:
         medians = [statistics.median(phase) for phase in zip(*seconds[entry.name], strict=True)]
-        kept[digests[entry.name]] = {"of": entry.name, "seconds": medians, "clips": clips[entry.name]}
+        about = {"of": entry.name, "date": date.today().isoformat(), "commit": commit()}
+        kept[digests[entry.name]] = about | {"seconds": medians, "clips": clips[entry.name]}
     write_json(file, kept)
     return {name: Cost(kept[digest]["seconds"], kept[digest]["clips"]) for name, digest in digests.items()}
 
@@ -188,99 +173,31 @@ def whole_cost(entry: Entry, cost: Cost, equal: str) -> float:
     return sum(n * c for n, c in zip(entry.steps().values(), getattr(cost, equal), strict=True))
 
 
-def diversity(role: Role, encoders: Encoders, clips: Sequence[Clip], draws: int, **options: Any) -> float:
-    """Mean distance between samples of one condition under different noise: RMS over pixels, in levels of 255."""
-    videos = [sample_clips(role, encoders, clips, seed=1000 + d, **options).frames for d in range(draws)]
-    gaps = [
-        np.sqrt(np.mean((a[i].astype(float) - b[i]) ** 2))
-        for a, b in itertools.combinations(videos, 2)
-        for i in range(len(clips))
-    ]
-    return float(np.mean(gaps))
-
-
-def judge(folder: Path, world: World, split: str, clips: int, plans: Mapping[str, Mapping[str, Any]]):
-    """Scores of a run or a teacher under each plan of sampling, with the first eight videos of the first plan."""
-    model = load_model(folder)
-    encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
-    wanted, rows, shown = clips_of(world, split, clips), {}, None
-    for name, options in plans.items():
-        options = {"batch": 16, "negative_prompt": model.negative_prompt, "label": name} | dict(options)
-        sampled = sample_clips(model.role, encoders, wanted, seed=0, **options)
-        shown = shown or sampled.frames[:8]
-        spread = diversity(model.role, encoders, wanted[:16], 4, **options)
-        rows[name] = sampled.plain() | {"diversity": round(spread, 4)}
-    return rows, shown
-
-
-def job_digest(recipe: recipes.Recipe) -> str:
-    """Of all that a job's result depends on: its recipe, and that of the run it goes on from."""
-    start = getattr(recipe, "priming_run", None)
-    before = f"-{recipes.digest(recipes.load_stored(Path(start) / RECIPE))}" if start else ""
-    return recipes.digest(recipe) + before
-
-
-def set_aside(folder: Path, digest: str) -> None:
-    """Note beside a folder which job it is for; one of another job is renamed, since training may have taken long."""
-    note = folder.with_name(f"{folder.name}.digest")
-    if folder.is_dir() and note.is_file() and (found := note.read_text()) != digest:
-        aside = folder.with_name(f"{folder.name}-of-{found}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        print(f"{folder} was of another recipe: now {aside}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest)
-
-
-def run_jobs(
-    entries: Sequence[Entry],
-    seeds: Sequence[int],
-    root: Path,
-    settings: Mapping[str, tuple[str, ...]],
-    *,
-    ranks: int,
-    split: str,
-    clips: int,
-) -> dict[str, list[dict[str, Any]]]:
-    """Train and judge every entry under every seed; what is finished is taken as it is.
-
-    Args:
-        settings: overrides of each entry besides the seed.
-    """
-    done: dict[str, list[dict[str, Any]]] = {e.name: [] for e in entries}
-    for seed, entry in itertools.product(seeds, entries):
-        folder = root / f"{entry.name}-seed{seed}"
-        own = (*settings[entry.name], f"seed={seed}")
-        digest, file = job_digest(entry.load(*own)), folder / f"{split}-{clips}.json"
-        if not file.is_file() or json.loads(file.read_text())["recipe"] != digest:
-            print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
-            set_aside(folder, digest)
-            began = time.monotonic()
-            memory = train(entry, folder, ranks, own)
-            rows, shown = judge(folder, entry.world(), split, clips, {"1 NFE": {"steps": 1}, "4 NFE": {"steps": 4}})
-            np.savez_compressed(folder / f"{split}-shown.npz", *shown)
-            record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit(), "rows": rows}
-            recipe = entry.load(*own)
-            record |= {"seconds_training": seconds_training(folder, recipe), "peak_bytes": memory}
-            record |= {"seconds_of_job": time.monotonic() - began, "environment": environment() | {"ranks": ranks}}
-            write_json(file, record)
-        done[entry.name].append(json.loads(file.read_text()))
-    return done
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean and standard error over seeds."""
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
     return {"mean": float(np.mean(values)), "standard_error": error}
 
 
-def summary(jobs: Sequence[dict[str, Any]], row: str) -> dict[str, dict[str, float]]:
-    """Mean and standard error over seeds of all that was measured of one way of sampling."""
+def summary(jobs: Sequence[dict[str, Any]], row: str, budget: float | None = None) -> dict[str, dict[str, float]]:
+    """Mean and standard error over seeds of all that was measured of one way of sampling.
+
+    Args:
+        budget: seconds of training that were meant, for their share of them.
+
+    Jobs that diverged are counted under ``diverged`` and are in no mean; where all did, nothing else is there.
+    """
+    jobs, lost = [job for job in jobs if "failed" not in job], [job for job in jobs if "failed" in job]
+    found = {"diverged": {"mean": float(len(lost)), "standard_error": float("nan")}} if lost else {}
+    if not jobs:
+        return found
     first = jobs[0]["rows"][row]
-    found = {key: spread([job["rows"][row]["values"][key] for job in jobs]) for key in first["values"]}
+    found |= {key: spread([job["rows"][row]["values"][key] for job in jobs]) for key in first["values"]}
     for key in ("frechet", "diversity", "seconds_per_clip"):
         found[key] = spread([job["rows"][row][key] for job in jobs])
     found["training_minutes"] = spread([job["seconds_training"] / 60 for job in jobs])
+    if budget:
+        found["percent_of_budget"] = spread([100 * job["seconds_training"] / budget for job in jobs])
     found["peak_gib"] = spread([job["peak_bytes"] / 2**30 for job in jobs])
     return found
 
@@ -288,8 +205,8 @@ def summary(jobs: Sequence[dict[str, Any]], row: str) -> dict[str, dict[str, flo
 def command_line(doc: str | None, root: str) -> argparse.ArgumentParser:
     """The options that every comparison has; ``root``: name of its folder of jobs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=RECIPES / "quickstart.yaml", help="V-PAE's")
-    parser.add_argument("--world", choices=tuple(_WORLDS), default="open", help="closed: that of the recipes")
+    parser.add_argument("--recipe", type=Path, help="V-PAE's; default: the world's own")
+    parser.add_argument("--world", choices=tuple(_WORLDS), default="open", help="closed: that of the peers' recipes")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="for every recipe: teacher.path=... ")
     parser.add_argument("--clips", type=int, default=64, help="that are judged")
     parser.add_argument("--ranks", type=int, default=2)
@@ -298,12 +215,19 @@ def command_line(doc: str | None, root: str) -> argparse.ArgumentParser:
 
 
 def carry_out(run: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """``run`` what was asked for; what is wrong with it is told in one line."""
+    """``run`` what was asked for; what is wrong with it is told in one line.
+
+    SIGTERM is handed on to the job under way like Ctrl-C, which saves itself; the same command then goes on.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(parser.parse_args())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; give the same command again to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 COLUMNS = ("sa", "tc", "fq", "mean", "dynamic_degree", "frechet", "trajectory_error", "diversity")

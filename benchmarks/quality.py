@@ -6,9 +6,10 @@
 
 Each (table, method, seed) is a job of its own under outputs/benchmarks/quality/, trained with checkpoints: give the
 same command again after a stop, however long later. The budget is what V-PAE's recipe costs (``--minutes``, ``--clips-
-seen`` for others). Reference lines are the teacher at 100, 8, 4, 2 and 1 NFE. ``--final`` is allowed once for each
-recipe set; asked for again it wants ``--because`` and records that. Writes benchmarks/results/quality_SPLIT.json and,
-beside it, quality_SPLIT.svg and quality_SPLIT.png (the same eight conditions for every method).
+seen`` for others). Reference lines are the teacher at 100, 8, 4, 2 and 1 NFE. ``--final`` is allowed once for
+a set of recipes and settings; asked for again it wants ``--because``, and every look is recorded before it is taken.
+Writes benchmarks/results/quality_WORLD_SPLIT.json and, for each table, a figure (.svg) and a contact sheet (.png: the
+same eight conditions for every method) under that name with ``_seconds`` or ``_clips``.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ from contest import (
     carry_out,
     command_line,
     in_world,
-    judge,
     measure_costs,
     on_budget,
+    ours,
     print_table,
-    run_jobs,
     spread,
     summary,
     whole_cost,
 )
+from jobs import judge, run_jobs
 from quality_figure import write_figure
 
 from vpae.data.look import contact_sheet
 from vpae.errors import UserError
 from vpae.evaluation import clips_of
+from vpae.files import write_json
+from vpae.models import find_model, weights_fingerprint
 from vpae.recipe import digest
 
 TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' moves nothing
@@ -56,13 +59,13 @@ TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' mo
 
 def entries(arguments: argparse.Namespace) -> list[Entry]:
     """V-PAE, its phases alone, and the peers' recipes of a folder, in the world and with the overrides asked for."""
-    ours, overrides = arguments.recipe, arguments.overrides
-    own = (*in_world(arguments.world, ours), *overrides)
+    recipe, overrides = ours(arguments), arguments.overrides
+    own = (*in_world(arguments.world, recipe), *overrides)
     peers = sorted(arguments.peers.glob("*.yaml"))
     return [
-        Entry("vpae", ours, own),
-        Entry("priming", ours, (*own, "equilibrium=null")),
-        Entry("equilibrium", ours, (*own, "priming=null")),
+        Entry("vpae", recipe, own),
+        Entry("priming", recipe, (*own, "equilibrium=null")),
+        Entry("equilibrium", recipe, (*own, "priming=null")),
         *(Entry(path.stem, path, (*in_world(arguments.world, path), *overrides)) for path in peers),
     ]
 
@@ -83,7 +86,8 @@ def reference(root: Path, entry: Entry, split: str, clips: int) -> tuple[dict[st
     """The teacher's rows; sampled once."""
     file, shown = root / f"teacher-{split}-{clips}.json", root / f"teacher-{split}-shown.npz"
     teacher = entry.load().teacher.path
-    asked = {"teacher": teacher, "world": entry.world().fingerprint(), "plans": TEACHER}
+    weights = weights_fingerprint(find_model(teacher))
+    asked = {"teacher": weights, "world": entry.world().fingerprint(), "plans": TEACHER}
     kept = json.loads(file.read_text()) if file.is_file() else {}
     if any(kept.get(key) != value for key, value in asked.items()):
         rows, videos = judge(Path(teacher), entry.world(), split, clips, TEACHER)
@@ -99,32 +103,35 @@ def _as_summary(row: dict[str, Any]) -> dict[str, dict[str, float]]:
     return values | {key: spread([row[key]]) for key in ("frechet", "diversity", "seconds_per_clip")}
 
 
-def write_sheet(path: Path, root: Path, split: str, teacher: list[np.ndarray], names: list[str], real) -> None:
-    """The same eight conditions for every method, first seed."""
+def write_sheet(path: Path, folders: dict[str, Path], split: str, teacher: list[np.ndarray], real) -> None:
+    """The same eight conditions for every method; ``folders``: a job of each."""
     videos = {"real": [c.frames for c in real], "teacher 100 NFE": teacher}
-    for name in names:
-        found = sorted(root.glob(f"{name}-seed*/{split}-shown.npz"))
-        if found:
-            videos[name] = list(np.load(found[0]).values())
+    for name, folder in folders.items():
+        if (file := folder / f"{split}-shown.npz").is_file():  # not where it diverged
+            videos[name] = list(np.load(file).values())
     contact_sheet([(f"{name} {i}", v[i]) for i in range(len(teacher)) for name, v in videos.items()], path)
 
 
-def guard(split: str, digest: dict[str, str], because: str | None) -> list[dict[str, str]]:
-    """The test split is looked at once for a set of recipes; every further look is recorded with its reason.
+def guard(file: Path, asked: dict[str, Any], because: str | None) -> list[dict[str, Any]]:
+    """The test split is looked at once for a set of recipes and settings; every look is recorded before it is taken.
+
+    Args:
+        file: of all looks.
+        asked: recipes' digests and all settings that decide the table.
 
     Raises:
-        UserError: it has been looked at, and no reason is given.
+        UserError: it has been looked at for something else, and no reason is given.
     """
-    file = RESULTS / f"quality_{split}.json"
-    before = json.loads(file.read_text()) if split == "test" and file.is_file() else {}
-    looks = before.get("looks", [])
-    if looks and digest != looks[-1]["recipes"] and not because:
+    looks = json.loads(file.read_text()) if file.is_file() else []
+    if looks and asked != looks[-1]["asked"] and not because:
         raise UserError(
-            f"{file} holds a table of other recipes already; say --because why the test split is used again"
+            f"the test split has been looked at for other recipes or settings ({file}); say --because why it is "
+            "used again"
         )
-    if looks and digest == looks[-1]["recipes"]:
-        return looks
-    return [*looks, {"recipes": digest, "because": because or "first"}]
+    if not looks or asked != looks[-1]["asked"]:
+        looks = [*looks, {"asked": asked, "because": because or "first"}]
+        write_json(file, looks)
+    return looks
 
 
 def write_lines(arguments: argparse.Namespace, entry: Entry, split: str) -> None:
@@ -159,7 +166,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.lines:
         write_lines(arguments, vpae, split)
         return
-    looks = guard(split, {e.name: digest(e.load()) for e in chosen}, arguments.because)
+    name = f"quality_{arguments.world}_{split}"
+    shape = {key: getattr(arguments, key) for key in ("seeds", "equal", "minutes", "clips_seen", "clips", "ranks")}
+    asked = shape | {"recipes": {e.name: digest(e.load()) for e in chosen}}
+    looks = guard(RESULTS / f"{name}_looks.json", asked, arguments.because) if arguments.final else []
     costs = measure_costs([vpae, *(e for e in chosen if e.name != "vpae")], arguments.root, arguments.ranks)
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)
     lines = {name: _as_summary(row) for name, row in rows.items()}
@@ -168,24 +178,19 @@ def run(arguments: argparse.Namespace) -> None:
         given = arguments.minutes and arguments.minutes * 60 if equal == "seconds" else arguments.clips_seen
         budget = given or whole_cost(vpae, costs["vpae"], equal)
         settings = {e.name: on_budget(e, costs[e.name], equal, budget) for e in chosen}
-        root = arguments.root / f"equal-{equal}"
-        jobs = run_jobs(
-            chosen,
-            arguments.seeds,
-            root,
-            settings,
-            ranks=arguments.ranks,
-            split=split,
-            clips=arguments.clips,
-        )
-        found = {f"{n} {row}": summary(js, row) for n, js in jobs.items() for row in ("1 NFE", "4 NFE")}
+        root, options = arguments.root / f"equal-{equal}", {"ranks": arguments.ranks, "split": split}
+        jobs = run_jobs(chosen, arguments.seeds, root, settings, clips=arguments.clips, **options)
+        meant = budget if equal == "seconds" else None
+        found = {f"{n} {row}": summary(js, row, meant) for n, js in jobs.items() for row in ("1 NFE", "4 NFE")}
         print_table(f"equal {equal} ({budget:.0f}), {split} split", lines | found, COLUMNS)
-        print_table("what it took", found, ("seconds_per_clip", "training_minutes", "peak_gib"))
+        took = ("seconds_per_clip", "training_minutes", "percent_of_budget", "peak_gib", "diverged")
+        print_table("what it took", found, took)
         tables[equal] = {"budget": budget, "settings": settings, "rows": found, "jobs": jobs}
-        sheet = RESULTS / f"quality_{split}.png"
-        clips = clips_of(vpae.world(), split, 8)
-        write_sheet(sheet, root, split, videos, [e.name for e in chosen], clips)
-        write_figure(RESULTS / f"quality_{split}.svg", lines, found)
+        folders = {e.name: root / f"{e.name}-seed{arguments.seeds[0]}" for e in chosen}
+        real = clips_of(vpae.world(), split, 8)
+        write_sheet(RESULTS / f"{name}_{equal}.png", folders, split, videos, real)
+        title = f"{arguments.world} world, {split} split, equal {equal}"
+        write_figure(RESULTS / f"{name}_{equal}.svg", title, lines, {n: v for n, v in found.items() if "mean" in v})
     document = {
         "benchmark": "quality",
         "split": split,
@@ -196,9 +201,9 @@ def run(arguments: argparse.Namespace) -> None:
         "costs": {name: {"seconds": c.seconds, "clips": c.clips} for name, c in costs.items()},
         "teacher": rows,
         "tables": tables,
-        "bars": bars(lines, tables),
+        "bars": {equal: bars(rows["teacher 100 NFE"], table["jobs"]) for equal, table in tables.items()},
     }
-    written = json.loads(write_result(f"quality_{split}", document).read_text())  # as written: JSON has no NaN
+    written = json.loads(write_result(name, document).read_text())  # as written: JSON has no NaN
     print(json.dumps({key: written[key] for key in ("benchmark", "split", "seeds", "bars")}))
 
 
@@ -206,26 +211,49 @@ def _percent(part: float, whole: float) -> float:
     return 100 * part / whole if whole > 0 else float("nan")
 
 
-def bars(lines: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
-    """V-PAE against the best peer and against the teacher, in per cent of the mean of SA, TC and FQ."""
-    teacher, found = lines["teacher 100 NFE"], {}
-    for equal, table in tables.items():
-        means = {name: values["mean"]["mean"] for name, values in table["rows"].items()}
-        own = ("vpae", "priming", "equilibrium")
-        peers = {n: m for n, m in means.items() if n.endswith(" 1 NFE") and n.split()[0] not in own}
-        if "vpae 1 NFE" not in means:
-            continue
-        ours = table["rows"]["vpae 1 NFE"]
-        found[equal] = {
-            "percent_of_teacher_at_1_nfe": _percent(means["vpae 1 NFE"], teacher["mean"]["mean"]),
-            "percent_of_teacher_at_4_nfe": _percent(means["vpae 4 NFE"], teacher["mean"]["mean"]),
-            "dynamic_degree_percent": _percent(ours["dynamic_degree"]["mean"], teacher["dynamic_degree"]["mean"]),
-        }
-        if peers:
-            best = max(peers, key=peers.get)
-            ahead = _percent(means["vpae 1 NFE"], peers[best]) - 100
-            found[equal] |= {"best_peer": best, "percent_ahead_of_best_peer": ahead}
+def bars(teacher: dict[str, Any], jobs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """V-PAE against the best peer and against the teacher, in per cent, each with its 95 % interval.
+
+    Intervals are of a bootstrap over clips and seeds. All models sample the same clips, so clips are drawn once for all
+    in each round: what is common to them falls out. The best peer is the best by its mean; choosing it from several
+    makes our lead look smaller than it is, not larger.
+    """
+    own = ("vpae", "priming", "equilibrium")
+    whole = {name: [job for job in js if "failed" not in job] for name, js in jobs.items()}
+    scores = {
+        (name, row): np.array([job["rows"][row]["clip_means"] for job in js])  # [seeds, clips]
+        for name, js in whole.items()
+        for row in ("1 NFE", "4 NFE")
+        if js
+    }
+    if ("vpae", "1 NFE") not in scores:
+        return {}
+    top = np.array(teacher["clip_means"])[None]
+    found = {
+        "percent_of_teacher_at_1_nfe": _ratio(scores["vpae", "1 NFE"], top),
+        "percent_of_teacher_at_4_nfe": _ratio(scores["vpae", "4 NFE"], top),
+    }
+    degree = float(np.mean([job["rows"]["1 NFE"]["values"]["dynamic_degree"] for job in whole["vpae"]]))
+    found["dynamic_degree_percent"] = _percent(degree, teacher["values"]["dynamic_degree"])
+    peers = {name: each.mean() for (name, row), each in scores.items() if row == "1 NFE" and name not in own}
+    if peers:
+        best = max(peers, key=peers.get)
+        ahead = _ratio(scores["vpae", "1 NFE"], scores[best, "1 NFE"])
+        found |= {"best_peer": best, "percent_ahead_of_best_peer": {k: v - 100 for k, v in ahead.items()}}
     return found
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray, rounds: int = 4000) -> dict[str, float]:
+    """Per cent that one mean is of another, both ``[seeds, clips]`` on the same clips, with a 95 % interval."""
+    draw = np.random.default_rng(0)
+    clips = draw.integers(part.shape[1], size=(rounds, part.shape[1]))
+
+    def means(values: np.ndarray) -> np.ndarray:
+        seeds = draw.integers(len(values), size=(rounds, len(values)))
+        return np.stack([values[s][:, c].mean() for s, c in zip(seeds, clips, strict=True)])
+
+    low, high = np.percentile(100 * means(part) / np.maximum(means(whole), 1e-9), [2.5, 97.5])
+    return {"value": _percent(part.mean(), whole.mean()), "low": float(low), "high": float(high)}
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ from pathlib import Path
 
 from vpae.files import write_text
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 860, 520, 64, 52, 24, 190
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 900, 540, 64, 52, 36, 190
 _INK = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#bf3989", "#0e7490", "#57606a", "#b35900", "#3b3b98")
 
 Rows = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def write_figure(path: Path, teacher: Rows, students: Rows) -> None:
-    """Mean of SA, TC and FQ over seconds a clip (logarithmic), with standard errors."""
+def write_figure(path: Path, title: str, teacher: Rows, students: Rows) -> None:
+    """Mean of SA, TC and FQ over seconds a clip (logarithmic), with standard errors.
+
+    All students are of one network and take the same time: they stand side by side around it.
+    """
     points = {name: _point(row) for name, row in (teacher | students).items() if "guided" not in name}
+    points |= _side_by_side({name: point for name, point in points.items() if name in students})
     times = [x for x, _, _ in points.values()]
     low, high = math.log10(min(times)) - 0.15, math.log10(max(times)) + 0.15
     bottom = max(0.0, 10 * math.floor(min(y - e for _, y, e in points.values()) / 10))
@@ -44,9 +48,21 @@ def write_figure(path: Path, teacher: Rows, students: Rows) -> None:
         y = _TOP + 14 + 20 * i
         parts.append(f'<circle cx="{_WIDTH - _RIGHT + 22}" cy="{y}" r="4" fill="{ink}"/>')
         parts.append(f'<text x="{_WIDTH - _RIGHT + 34}" y="{y + 4}">{html.escape(group)}</text>')
+    parts.append(f'<text x="{_LEFT}" y="16" font-weight="bold">{html.escape(title)}</text>')
     style = "font: 13px sans-serif; background: #fff"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" style="{style}">'
     write_text(path, "\n".join([head, f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>', *parts, "</svg>\n"]))
+
+
+def _side_by_side(points: dict[str, tuple[float, float, float]]) -> dict[str, tuple[float, float, float]]:
+    """Students' points, those of as many steps around their mean time."""
+    placed = {}
+    for row in sorted({name.split(" ", 1)[1] for name in points}):
+        names = [name for name in points if name.split(" ", 1)[1] == row]
+        middle = sum(math.log10(points[name][0]) for name in names) / len(names)
+        for i, name in enumerate(names):
+            placed[name] = (10 ** (middle + 0.045 * (i - (len(names) - 1) / 2)), *points[name][1:])
+    return placed
 
 
 def _point(row: Mapping[str, Mapping[str, float]]) -> tuple[float, float, float]:

@@ -1,12 +1,16 @@
 """The same number of trial runs for every method, on the validation split: what the recipes' settings were chosen by.
 
-    python benchmarks/tuning.py                                    # all methods, hours; give it again after a stop
-    python benchmarks/tuning.py --methods vpae dmd2 --minutes 4
+    python benchmarks/tuning.py --minutes 4                        # all methods, hours; give it again after a stop
+    python benchmarks/tuning.py --minutes 4 --methods dmd2 pcm     # is added to what was tried on the same terms
 
 A trial is a method's recipe with the overrides of ``SPACES``, the first of them none, trained for the same wall-clock
-(default: what V-PAE's recipe costs) with one seed and judged at 1 NFE. A method has as many trials as any other. The
-best trial of each goes into its recipe by hand, since a number in a recipe needs its reason beside it. Jobs lie under
-outputs/benchmarks/tuning/. Writes benchmarks/results/tuning.json.
+(default: what V-PAE's recipe costs now; say ``--minutes`` where recipes will change between calls) with one seed and
+judged at 1 NFE. The best trial of each goes into its recipe by hand, since a number in a recipe needs its reason beside
+it. Jobs lie under outputs/benchmarks/tuning/. Writes benchmarks/results/tuning.json.
+
+V-PAE's recipe for the open world was found before, in runs of several lengths on the same clips
+(benchmarks/results/exploration_open.json). What they showed of learning rates (six times higher, and falling by a
+cosine) is in every method's space here.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import write_result
+from common import RESULTS, write_result
 from contest import (
     COLUMNS,
     RECIPES,
@@ -26,29 +30,31 @@ from contest import (
     measure_costs,
     on_budget,
     print_table,
-    run_jobs,
     summary,
     whole_cost,
 )
+from jobs import run_jobs
 from quality import entries
+
+from vpae.errors import UserError
+from vpae.recipe import digest
 
 Overrides = tuple[str, ...]
 
 
-def _rates(*keys: str, each: tuple[float, ...]) -> list[Overrides]:
-    """One trial for each learning rate, of all these optimisers."""
-    return [tuple(f"{key}.learning_rate={rate}" for key in keys) for rate in each]
+def _rates(*optimisers: str, each: tuple[float, ...]) -> list[Overrides]:
+    """One trial for each learning rate, of all these optimisers, falling to its tenth."""
+    return [tuple(part for key in optimisers for part in _rate(key, rate)) for rate in each]
 
 
+def _rate(optimiser: str, rate: float) -> Overrides:
+    return f"{optimiser}.learning_rate={rate}", f"{optimiser}.schedule=cosine"
+
+
+_STUDENT, _CRITIC, _HEAD = (f"method.{player}_optimiser" for player in ("student", "critic", "head"))
 _CONSISTENCY = "method.consistency.student_optimiser"
-
-
-def _both(second: str, rate: float) -> Overrides:
-    """One learning rate for the student and for the other player."""
-    return tuple(f"method.{player}_optimiser.learning_rate={rate}" for player in ("student", second))
-
-
-_BOTH_HIGH = _both("critic", 6e-4)
+_DMD2 = (*_rate(_STUDENT, 6e-4), *_rate(_CRITIC, 6e-4))
+_PRIMED = _rate(_CONSISTENCY, 6e-4)
 
 SPACES: dict[str, list[Overrides]] = {
     "vpae": [
@@ -61,41 +67,40 @@ SPACES: dict[str, list[Overrides]] = {
     ],
     "dmd2": [
         (),
-        *_rates("method.student_optimiser", "method.critic_optimiser", each=(3e-4, 6e-4, 1e-3)),
-        (*_BOTH_HIGH, "method.critic_per_student=3"),
-        (*_BOTH_HIGH, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
+        *_rates(_STUDENT, _CRITIC, each=(3e-4, 6e-4, 1e-3)),
+        (*_DMD2, "method.critic_per_student=3"),
+        (*_DMD2, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
     ],
     "apt": [
         (),
-        (f"{_CONSISTENCY}.learning_rate=3.0e-4",),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4",),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4", *_both("head", 5e-5)),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4", *_both("head", 2e-4)),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.head_optimiser.learning_rate=3.0e-4"),
+        *_rates(_CONSISTENCY, each=(3e-4, 6e-4)),
+        (*_PRIMED, *_rate(_STUDENT, 5e-5), *_rate(_HEAD, 5e-5)),
+        (*_PRIMED, *_rate(_STUDENT, 2e-4), *_rate(_HEAD, 2e-4)),
+        (*_PRIMED, f"{_HEAD}.learning_rate=3.0e-4", f"{_HEAD}.betas=[0.9, 0.99]"),
     ],
     "pcm": [
         (),
         *_rates(_CONSISTENCY, each=(3e-4, 6e-4, 1e-3)),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.adversary.head_optimiser.learning_rate=1.0e-3"),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.consistency.grid_steps=10"),
+        (*_PRIMED, "method.adversary.head_optimiser.learning_rate=1.0e-3"),
+        (*_PRIMED, "method.consistency.grid_steps=10"),
     ],
     "lcm": [
         (),
         *_rates(_CONSISTENCY, each=(3e-4, 6e-4, 1e-3)),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.consistency.target=student"),
-        (f"{_CONSISTENCY}.learning_rate=6.0e-4", "method.consistency.grid_steps=10"),
+        (*_PRIMED, "method.consistency.target=student"),
+        (*_PRIMED, "method.consistency.grid_steps=10"),
     ],
     "ladd": [
         (),
-        *_rates("method.student_optimiser", each=(2e-4, 6e-4)),
-        ("method.student_optimiser.learning_rate=2.0e-4", "method.head_optimiser.learning_rate=1.0e-3"),
-        ("method.student_optimiser.learning_rate=2.0e-4", "method.judge_time.mean=0.0"),
-        ("method.student_optimiser.learning_rate=2.0e-4", "method.head_per_student=3"),
+        *_rates(_STUDENT, each=(2e-4, 6e-4)),
+        (*_rate(_STUDENT, 2e-4), f"{_HEAD}.learning_rate=1.0e-3"),
+        (*_rate(_STUDENT, 2e-4), "method.judge_time.mean=0.0"),
+        (*_rate(_STUDENT, 2e-4), "method.head_per_student=3"),
     ],
     "mse": [
         (),
-        *_rates("method.student_optimiser", each=(3e-4, 6e-4, 1e-3, 2e-3)),
-        ("method.student_optimiser.learning_rate=6.0e-4", "method.ema_decay=0.95"),
+        *_rates(_STUDENT, each=(3e-4, 6e-4, 1e-3, 2e-3)),
+        (*_rate(_STUDENT, 6e-4), "method.ema_decay=0.95"),
     ],
 }
 
@@ -118,21 +123,36 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     every = {e.name: e for e in entries(arguments)}
     vpae, options = every["vpae"], {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
-    tables: dict[str, Any] = {}
+    about = {"benchmark": "tuning", "set": list(arguments.overrides)}
+    about |= {key: getattr(arguments, key) for key in ("world", "seed", "clips", "ranks", "minutes")}
+    about |= {} if arguments.minutes else {"budget_of": digest(vpae.load())}
+    tables: dict[str, Any] = _tried_before(about)
     for method in arguments.methods:
         tried = trials(every[method])
         costs = measure_costs([*([] if arguments.minutes else [vpae]), *tried], arguments.root, arguments.ranks)
         budget = arguments.minutes * 60 if arguments.minutes else whole_cost(vpae, costs["vpae"], "seconds")
         settings = {e.name: on_budget(e, costs[e.name], "seconds", budget) for e in tried}
         jobs = run_jobs(tried, [arguments.seed], arguments.root, settings, **options)
-        rows = {name: summary(runs, "1 NFE") for name, runs in jobs.items()}
-        best = max(rows, key=lambda name: rows[name]["mean"]["mean"])
-        print_table(f"{method}: {budget:.0f} s a trial, best {best}", rows, (*COLUMNS, "training_minutes"))
+        rows = {name: summary(runs, "1 NFE", budget) for name, runs in jobs.items()}
+        if not (whole := [name for name in rows if "mean" in rows[name]]):
+            raise UserError(f"every trial of {method} diverged: widen its space in tuning.SPACES to lower rates")
+        best = max(whole, key=lambda name: rows[name]["mean"]["mean"])
+        columns = (*COLUMNS, "training_minutes", "percent_of_budget", "diverged")
+        print_table(f"{method}: {budget:.0f} s a trial, best {best}", rows, columns)
         changed = {e.name: list(own) for e, own in zip(tried, SPACES[method], strict=True)}
-        tables[method] = {"budget_seconds": budget, "best": best, "overrides": changed, "rows": rows, "jobs": jobs}
-    document = {"benchmark": "tuning", "world": arguments.world, "seed": arguments.seed, "methods": tables}
-    write_result("tuning", document)
-    print(json.dumps({"benchmark": "tuning", "best": {m: t["overrides"][t["best"]] for m, t in tables.items()}}))
+        recipe = digest(every[method].load())
+        tables[method] = {"recipe": recipe, "budget_seconds": budget, "best": best, "overrides": changed}
+        tables[method] |= {"rows": rows, "jobs": jobs}
+        write_result("tuning", about | {"methods": tables})
+    best = {m: t["overrides"][t["best"]] for m, t in tables.items()}
+    print(json.dumps({"benchmark": "tuning", "best": best}))
+
+
+def _tried_before(about: dict[str, Any]) -> dict[str, Any]:
+    """Methods of an earlier call on the same terms: each can be tuned in a call of its own."""
+    file = RESULTS / "tuning.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return before["methods"] if all(before.get(key) == value for key, value in about.items()) else {}
 
 
 if __name__ == "__main__":

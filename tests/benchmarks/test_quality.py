@@ -26,6 +26,13 @@ def contest(monkeypatch):
 
 
 @pytest.fixture
+def jobs(contest):
+    import jobs
+
+    return jobs
+
+
+@pytest.fixture
 def folder(micro_recipe, micro_peer, tmp_path):
     (tmp_path / "peers").mkdir()
     for path, plain in (("vpae.yaml", micro_recipe), ("peers/lcm.yaml", micro_peer("lcm"))):
@@ -84,26 +91,67 @@ def test_what_a_step_costs_is_measured_once_for_recipes_that_differ_in_rates_alo
     assert len(trained) == 9, "another number of ranks costs something else"
 
 
-def test_a_job_of_another_recipe_is_set_aside_and_one_of_the_same_stays(contest, folder):
-    entry, job = contest.Entry("vpae", folder / "vpae.yaml"), folder / "jobs" / "vpae-seed0"
-    contest.set_aside(job, "one")
+def test_a_job_of_another_recipe_is_set_aside_and_one_of_the_same_stays(contest, jobs, folder):
+    entry, job = contest.Entry("vpae", folder / "vpae.yaml"), folder / "root" / "vpae-seed0"
+    jobs.set_aside(job, "one")
     job.mkdir()
     (job / "recipe.yaml").write_text(contest.recipes.dump(entry.load()))
-    contest.set_aside(job, "one")
+    jobs.set_aside(job, "one")
     assert job.is_dir()
-    contest.set_aside(job, "two")
-    assert not job.exists() and (folder / "jobs" / "vpae-seed0-of-one" / "recipe.yaml").is_file()
-    contest.set_aside(job, "two")
+    jobs.set_aside(job, "two")
+    assert not job.exists() and (folder / "root" / "of-one-vpae-seed0" / "recipe.yaml").is_file()
+    jobs.set_aside(job, "two")
 
     # phase II of another phase I is another job, though its own recipe says the same
     start = folder / "start"
     start.mkdir()
     (start / "recipe.yaml").write_text(contest.recipes.dump(entry.load()))
     later = contest.Entry("vpae", folder / "vpae.yaml", ("priming=null", f"priming_run={start}"))
-    before = contest.job_digest(later.load())
-    assert before == contest.job_digest(later.load())
+    before = jobs.job_digest(later.load())
+    assert before == jobs.job_digest(later.load())
     (start / "recipe.yaml").write_text(contest.recipes.dump(entry.load("priming.guidance_scale=3.0")))
-    assert before != contest.job_digest(later.load())
+    assert before != jobs.job_digest(later.load())
+
+
+@pytest.fixture
+def one_job(contest, jobs, folder, monkeypatch):
+    """Run a job whose training says ``words``, ends with ``status`` and leaves its phase at ``turn`` of 9."""
+    entry, script = contest.Entry("vpae", folder / "vpae.yaml", ("equilibrium=null",)), folder / "vpae.sh"
+
+    def run(words: str, status: int, turn: int) -> dict:
+        script.write_text(f"#!/bin/sh\necho '{words}' >&2\nexit {status}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(jobs.sys, "executable", str(script))
+        found = argparse.Namespace(turn=turn, part=lambda name, kind: {"turns": 9}[name])
+        monkeypatch.setattr(jobs.checkpoints, "find", lambda root: found)
+        monkeypatch.setattr(jobs, "judge", lambda *_: ({"1 NFE": {}}, [np.zeros(3)]))
+        monkeypatch.setattr(jobs, "seconds_training", lambda *_: 60.0)
+        (folder / "root" / "vpae-seed0").mkdir(parents=True, exist_ok=True)
+        options = {"ranks": 1, "split": "validation", "clips": 2}
+        return jobs.run_jobs([entry], [0], folder / "root", {"vpae": ()}, **options)["vpae"][0]
+
+    return run
+
+
+def test_a_run_that_was_interrupted_is_no_result(jobs, one_job, folder, capfd):
+    with pytest.raises(jobs.UserError, match="was stopped in .*priming; give the same command again to go on"):
+        one_job("interrupted, everything is saved", 0, 8)  # with status 0
+    with pytest.raises(jobs.UserError, match="failed with status 2"):
+        one_job("error: the disk is full", 2, 8)
+    assert "error: the disk is full" in capfd.readouterr().err
+    assert not (folder / "root" / "vpae-seed0" / "validation-2.json").exists()
+    assert one_job("done", 0, 9)["seconds_training"] == 60
+    assert one_job("not run again", 1, 0)["seconds_training"] == 60
+
+
+def test_a_run_that_diverged_is_kept_as_that_and_is_in_no_mean(contest, one_job):
+    lost = one_job("error: turn 5: loss or gradient is not finite on at least one rank", 2, 4)
+    assert "failed with status 2" in lost["failed"] and lost == one_job("not run again", 1, 0)
+    row = {"values": {"mean": 70.0}, "frechet": 1.0, "diversity": 2.0, "seconds_per_clip": 0.1}
+    whole = {"rows": {"1 NFE": row}, "seconds_training": 90.0, "peak_bytes": 2**30}
+    found = contest.summary([whole, lost], "1 NFE", budget=100.0)
+    assert found["diverged"]["mean"] == 1 and found["mean"]["mean"] == 70 and found["percent_of_budget"]["mean"] == 90
+    assert set(contest.summary([lost], "1 NFE")) == {"diverged"}
 
 
 def test_the_open_world_has_teacher_clips_of_its_own(contest):
@@ -135,18 +183,55 @@ def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
         assert len({repr(trial.load()) for trial in each}) == 6
 
 
-def test_the_verdict_of_a_study_knows_what_is_no_difference(monkeypatch):
+def _runs(*values: float) -> list[dict]:
+    return [{"rows": {"1 NFE": {"values": {"tc": value}}}} for value in values]
+
+
+def test_the_verdict_of_a_study_pairs_seeds_and_knows_what_is_no_difference(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from ablation import verdict
 
-    rows = {k: {"mean": {"mean": m, "standard_error": 1.0}} for k, m in (("a", 90.0), ("b", 80.0), ("c", 80.5))}
-    assert verdict(rows, ("a", "b")) == "a over b: agree" and verdict(rows, ("b", "a")) == "b over a: disagree"
-    assert verdict(rows, ("a", "b", "c")) == "a over b: agree; b over c: no difference"
-    assert (verdict(rows, ("a",)), verdict(rows, ("b",)), verdict(rows, ())) == (
-        "agree",
-        "disagree",
-        "the paper gives no figure",
-    )
+    jobs = {"a": _runs(60, 70, 80), "b": _runs(58, 69, 77), "c": _runs(59, 68, 78)}
+    assert verdict(jobs, ("a", "b"), "tc") == "tc: a over b: agree (+2.00 \u00b1 0.58)", "though seeds differ by 20"
+    assert verdict(jobs, ("b", "a"), "tc") == "tc: b over a: disagree (-2.00 \u00b1 0.58)"
+    assert verdict(jobs, ("a", "b", "c"), "tc").endswith("b over c: no difference (-0.33 \u00b1 0.67)")
+    assert verdict({k: v[:1] for k, v in jobs.items()}, ("a", "b"), "tc") == "tc: a over b: too few seeds to tell"
+    jobs["b"][1] = {"failed": "a loss was not finite"}
+    assert verdict(jobs, ("a", "b"), "tc") == "tc: a over b: agree (+2.50 \u00b1 0.50)"
+    assert verdict(jobs, (), "tc") == "the paper gives no figures"
+
+
+def test_bars_are_paired_over_clips_and_leave_diverged_runs_out(monkeypatch):
+    """V-PAE is 2 ahead on every clip, and clips differ by 60: only pairs tell."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from quality import bars
+
+    def run(*means: float) -> dict:
+        row = {"clip_means": list(means), "values": {"dynamic_degree": 0.5}}
+        return {"rows": {"1 NFE": row, "4 NFE": row}}
+
+    clips = np.linspace(20, 80, 16)
+    jobs = {"vpae": [run(*clips + 2)] * 2, "priming": [run(*clips + 9)], "lcm": [run(*clips), {"failed": "why"}]}
+    found = bars({"clip_means": clips.tolist(), "values": {"dynamic_degree": 1.0}}, jobs | {"mse": [{"failed": "why"}]})
+    assert found["best_peer"] == "lcm" and found["dynamic_degree_percent"] == 50
+    ahead = found["percent_ahead_of_best_peer"]
+    assert ahead["value"] == pytest.approx(4) and 3 < ahead["low"] < 4 < ahead["high"] < 5.5
+    assert found["percent_of_teacher_at_1_nfe"]["value"] == pytest.approx(104)
+
+
+def test_a_look_at_the_test_split_is_recorded_before_and_needs_a_reason_the_second_time(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from quality import guard
+
+    from vpae.errors import UserError
+
+    file = tmp_path / "looks.json"
+    first = {"recipes": {"vpae": "a"}, "seeds": [0], "minutes": None}
+    assert guard(file, first, None) == [{"asked": first, "because": "first"}] == guard(file, first, None)
+    with pytest.raises(UserError, match="say --because"):
+        guard(file, first | {"minutes": 4.0}, None)
+    assert [look["because"] for look in guard(file, first | {"minutes": 4.0}, "a bug")] == ["first", "a bug"]
+    assert len(json.loads(file.read_text())) == 2
 
 
 @pytest.mark.slow
@@ -161,20 +246,20 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     where = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert done.returncode == 0, done.stderr[-3000:]
-    document = json.loads((checkout / "results" / "quality_validation.json").read_text())
+    document = json.loads((checkout / "results" / "quality_closed_validation.json").read_text())
     table = document["tables"]["clips"]
     # (1 + 2) turns x 3 steps + (1 + 1) turns x 4 steps, four clips each; a consistency step is one turn
     assert table["budget"] == 68 and table["settings"]["lcm"] == ["method.consistency.student_steps=17"]
     assert set(table["rows"]) == {"vpae 1 NFE", "vpae 4 NFE", "lcm 1 NFE", "lcm 4 NFE"}
-    assert document["bars"]["clips"]["best_peer"] == "lcm 1 NFE"
+    assert document["bars"]["clips"]["best_peer"] == "lcm"
     row = table["jobs"]["vpae"][0]
     assert row["peak_bytes"] > 1e8 and row["seconds_training"] > 0 and row["rows"]["1 NFE"]["diversity"] > 0
     assert np.isfinite(row["rows"]["1 NFE"]["values"]["mean"])
-    assert "<svg" in (checkout / "results" / "quality_validation.svg").read_text()
+    assert "<svg" in (checkout / "results" / "quality_closed_validation_clips.svg").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert again.returncode == 0 and "== vpae" not in again.stdout
     final = subprocess.run([*command, "--final"], capture_output=True, text=True, timeout=900, **where)
     assert final.returncode == 0, final.stderr[-3000:]
     other = [*command, "--final", "--set", "evaluate.seed=1"]
     refused = subprocess.run(other, capture_output=True, text=True, timeout=900, **where)
-    assert refused.returncode == 2 and "say --because why the test split is used again" in refused.stderr
+    assert refused.returncode == 2 and "say --because why it is used again" in refused.stderr

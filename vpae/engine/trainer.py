@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,10 +101,11 @@ def slow_ema(player: Player) -> str | None:
     left = player.ema.decay**player.steps
     if left <= _START_LEFT:
         return None
-    better = max(0.0, 1 - 5 / player.steps)
+    better = math.floor(1e4 * max(0.0, 1 - 5 / player.steps)) / 1e4
     return (
         f"ema_decay {player.ema.decay:g} over {player.steps} {player.name} steps leaves {left:.0%} of the weights it "
-        f"starts from in the EMA, which is what is evaluated and exported; {better:.3g} would leave under 1 %"
+        "starts from in the EMA, which is what is evaluated and exported (and, in phase II, the unified judge); "
+        f"{better:g} would leave under 1 %"
     )
 
 

@@ -58,6 +58,7 @@ class SetScores:
         errors: standard error of each mean; NaN for a single clip.
         parts: mean of each sub-score over the clips in which it could be judged.
         frechet: Frechet distance to the simulator's clips, see :mod:`vpae.judge.frechet`; NaN below two clips.
+        clip_means: each clip's mean of SA, TC and FQ, in order: two models on the same clips are compared in pairs.
     """
 
     count: int
@@ -65,6 +66,7 @@ class SetScores:
     errors: dict[str, float]
     parts: dict[str, float]
     frechet: float
+    clip_means: tuple[float, ...]
 
     @property
     def mean(self) -> float:
@@ -123,6 +125,7 @@ def summarise(scores: Sequence[ClipScores], frechet: float) -> SetScores:
         errors=dict(zip(MEASURES, spread.tolist(), strict=True)),
         parts=parts,
         frechet=frechet,
+        clip_means=tuple(table[:, MEASURES.index("mean")].tolist()),
     )
 
 

@@ -1,0 +1,213 @@
+"""One job of a comparison: an entry trained under one seed, judged, and kept until something it depends on changes.
+
+Beside a job's folder lie ``NAME.digest`` (which job it is) and ``NAME.peak`` (most bytes one of its processes held).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+from common import commit
+
+from vpae import recipe as recipes
+from vpae.data.bounce import Clip, World
+from vpae.data.encoders import Encoders
+from vpae.engine import checkpoint as checkpoints
+from vpae.errors import UserError
+from vpae.evaluation import clips_of, sample_clips
+from vpae.files import write_json, write_text
+from vpae.loading import load_model
+from vpae.models import find_model, weights_fingerprint
+from vpae.quickstart import seconds_training
+from vpae.roles import Role
+from vpae.runs import RECIPE, environment, phases_of
+
+if TYPE_CHECKING:
+    from contest import Entry
+
+
+class Diverged(UserError):
+    """A loss or gradient was not finite: the same turns would end so again."""
+
+
+def train(entry: Entry, folder: Path, ranks: int, overrides: Sequence[str]) -> int:
+    """Run (or go on with) an entry; returns the most bytes that one of its processes held, of this call.
+
+    Raises:
+        Diverged: it can't be trained like this.
+        UserError: it failed, or was stopped before its end.
+    """
+    command = [sys.executable, "-m", "vpae", "distill", str(entry.recipe), "--output", str(folder), "--resume"]
+    command += ["--ranks", str(ranks), "--set", *entry.overrides, *overrides]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    tail = _Tail(process)
+    try:
+        peak = _watched(process)
+    except KeyboardInterrupt:  # a Ctrl-C has reached the child as well; a SIGTERM (contest.carry_out) has not
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    finally:
+        tail.join()
+    if process.returncode:
+        kind = Diverged if "loss or gradient is not finite" in tail.text else UserError
+        raise kind(f"{entry.name} in {folder} failed with status {process.returncode}; see above")
+    for phase, found in _ends(folder, entry.load(*overrides)).items():
+        if found is None or found.turn < found.part("turns", int):
+            raise UserError(f"{entry.name} was stopped in {folder / phase}; give the same command again to go on")
+    return peak
+
+
+class _Tail(threading.Thread):
+    """Hands on what a process says on stderr, and keeps the last of it."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        super().__init__(daemon=True)
+        self.process, self.text = process, ""
+        self.start()
+
+    def run(self) -> None:
+        while part := os.read(self.process.stderr.fileno(), 1 << 16):
+            words = part.decode(errors="replace")
+            sys.stderr.write(words)
+            sys.stderr.flush()
+            self.text = (self.text + words)[-10_000:]
+
+
+def _watched(process: subprocess.Popen) -> int:
+    """Wait for a process; the largest high-water mark of it and its children, looked at twice a second.
+
+    ``ru_maxrss`` of a child begins at its parent's, and the parent here holds models when it judges.
+    """
+    peak, asked = 0, psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            for each in (asked, *asked.children(recursive=True)):
+                peak = max(peak, _high_water(each.pid))
+        except psutil.Error:
+            pass
+        time.sleep(0.5)
+    return peak
+
+
+def _high_water(pid: int) -> int:
+    """Most resident bytes of a process so far; 0 where it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0][1]) * 1024 if lines else 0
+
+
+def _ends(folder: Path, recipe: recipes.Recipe) -> dict[str, checkpoints.Checkpoint | None]:
+    return {phase: checkpoints.find(folder / phase / "checkpoints") for phase in phases_of(recipe)}
+
+
+def diversity(role: Role, encoders: Encoders, clips: Sequence[Clip], draws: int, **options: Any) -> float:
+    """Mean distance between samples of one condition under different noise: RMS over pixels, in levels of 255."""
+    videos = [sample_clips(role, encoders, clips, seed=1000 + d, **options).frames for d in range(draws)]
+    gaps = [
+        np.sqrt(np.mean((a[i].astype(float) - b[i]) ** 2))
+        for a, b in itertools.combinations(videos, 2)
+        for i in range(len(clips))
+    ]
+    return float(np.mean(gaps))
+
+
+def judge(folder: Path, world: World, split: str, clips: int, plans: Mapping[str, Mapping[str, Any]]):
+    """Scores of a run or a teacher under each plan of sampling, with the first eight videos of the first plan."""
+    model = load_model(folder)
+    encoders = Encoders(model.pipeline, model.role.backbone.transformer.device)
+    wanted, rows, shown = clips_of(world, split, clips), {}, None
+    for name, options in plans.items():
+        options = {"batch": 16, "negative_prompt": model.negative_prompt, "label": name} | dict(options)
+        sampled = sample_clips(model.role, encoders, wanted, seed=0, **options)
+        shown = shown or sampled.frames[:8]
+        spread = diversity(model.role, encoders, wanted[:16], 4, **options)
+        each = [round(mean, 3) for mean in sampled.scores.clip_means]
+        rows[name] = sampled.plain() | {"diversity": round(spread, 4), "clip_means": each}
+    return rows, shown
+
+
+def job_digest(recipe: recipes.Recipe) -> str:
+    """Of all that a job's result depends on: its recipe, its teacher, and the recipe of the run it goes on from."""
+    start = getattr(recipe, "priming_run", None)
+    before = f"-{recipes.digest(recipes.load_stored(Path(start) / RECIPE))}" if start else ""
+    return f"{recipes.digest(recipe)}-{weights_fingerprint(find_model(recipe.teacher.path))[:8]}{before}"
+
+
+def set_aside(folder: Path, digest: str) -> None:
+    """Note beside a folder which job it is for; one of another job is renamed, since training may have taken long."""
+    note = folder.with_name(f"{folder.name}.digest")
+    if folder.is_dir() and note.is_file() and (found := note.read_text()) != digest:
+        aside = folder.with_name(f"of-{found}-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        _peak_note(folder).unlink(missing_ok=True)
+        print(f"{folder} was of another recipe: now {aside}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(digest)
+
+
+def _peak_note(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.peak")
+
+
+def run_jobs(
+    entries: Sequence[Entry],
+    seeds: Sequence[int],
+    root: Path,
+    settings: Mapping[str, tuple[str, ...]],
+    *,
+    ranks: int,
+    split: str,
+    clips: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Train and judge every entry under every seed; what is finished is taken as it is.
+
+    A job that diverged is kept as ``{"failed": why}``.
+
+    Args:
+        settings: overrides of each entry besides the seed.
+    """
+    done: dict[str, list[dict[str, Any]]] = {e.name: [] for e in entries}
+    for seed, entry in itertools.product(seeds, entries):
+        folder = root / f"{entry.name}-seed{seed}"
+        own = (*settings[entry.name], f"seed={seed}")
+        digest, file = job_digest(entry.load(*own)), folder / f"{split}-{clips}.json"
+        if not file.is_file() or json.loads(file.read_text())["recipe"] != digest:
+            print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
+            set_aside(folder, digest)
+            record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit()}
+            try:
+                record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips)
+            except Diverged as error:
+                record |= {"failed": str(error)}
+                folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, record | {"environment": environment() | {"ranks": ranks}})
+        done[entry.name].append(json.loads(file.read_text()))
+    return done
+
+
+def _result(entry: Entry, folder: Path, own: tuple[str, ...], *, ranks: int, split: str, clips: int) -> dict[str, Any]:
+    began, note = time.monotonic(), _peak_note(folder)
+    peak = max(train(entry, folder, ranks, own), int(note.read_text()) if note.is_file() else 0)
+    write_text(note, str(peak))
+    rows, shown = judge(folder, entry.world(), split, clips, {"1 NFE": {"steps": 1}, "4 NFE": {"steps": 4}})
+    np.savez_compressed(folder / f"{split}-shown.npz", *shown)
+    seconds = seconds_training(folder, entry.load(*own))
+    return {"rows": rows, "seconds_training": seconds, "peak_bytes": peak, "seconds_of_job": time.monotonic() - began}
