@@ -196,7 +196,7 @@ class BareStep:
         with self._precision(enabled=not exact):
             clean = self._logits(real_t, t, batch) if exact else real
             for move in moves:
-                loss = loss + r1.weight * (clean - self._logits(real_t + move, t, batch)).square().mean()
+                loss = loss + r1.weight * r1.every * (clean - self._logits(real_t + move, t, batch)).square().mean()
         return loss
 
     def _adversarial_turn(self, batch: Batch) -> Tensor:

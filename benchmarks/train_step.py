@@ -8,7 +8,8 @@ Networks have the recipe's widths and random weights, clips are random tensors: 
 values. Every cell (recipe, phase, player, tokens, depth) is a process of its own, so that its peak is its own: resident
 memory on a CPU, allocated memory on a GPU. Beside it stands what ``vpae plan`` foresees for the cell: to be compared on
 a GPU; on a CPU the peak also holds the libraries' code and buffers, which plan.py takes off. Turns are the trainer's,
-whole: data, noise, loss, backward, clipping, AdamW, EMA. For the two phases of V-PAE (full student) the same turn is
+whole: data, noise, loss, backward, clipping, AdamW, EMA; the head's is one with ST-R1 (under ``r1.every: 4`` three of
+four turns go without and cost less). For the two phases of V-PAE (full student) the same turn is
 also taken by a bare loop over diffusers (``bare_step.py``), turn about in one process; both compute all 512 text rows
 there, and the FLOPs of both are counted.
 Writes benchmarks/results/train_step_DEVICE.json.

@@ -1,7 +1,7 @@
 """The same number of trial runs for every method, on the validation split: what the recipes' settings were chosen by.
 
-    python benchmarks/tuning.py --minutes 4                        # all methods, hours; give it again after a stop
-    python benchmarks/tuning.py --minutes 4 --methods dmd2 pcm     # is added to what was tried on the same terms
+    python benchmarks/tuning.py --minutes 3                        # all methods, hours; give it again after a stop
+    python benchmarks/tuning.py --minutes 3 --methods dmd2 pcm     # is added to what was tried on the same terms
 
 A trial is a method's recipe with the overrides of ``SPACES``, the first of them none, trained for the same wall-clock
 (default: what V-PAE's recipe costs now; say ``--minutes`` where recipes will change between calls) with one seed and
