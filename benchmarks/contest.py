@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import shutil
 import signal
 import statistics
@@ -75,7 +76,7 @@ class Entry:
         return {key: n for key, n in _found("head_warmup_turns", recipes.to_plain(self.load())) if n}
 
 
-def _found(name: str, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+def _found(name: str, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in plain.items():
         if key == name:
             yield prefix + key, value
@@ -162,10 +163,20 @@ def _phase_cost(phase: Path, entry: Entry) -> tuple[float, float]:
 
 
 def on_budget(entry: Entry, cost: Cost, equal: str, budget: float) -> tuple[str, ...]:
-    """Overrides that make an entry cost ``budget`` (seconds, or clips), its phases in their own proportions."""
+    """Overrides that make an entry cost ``budget`` (seconds, or clips), its phases in their own proportions.
+
+    An EMA's horizon is cut to a fifth of a phase that gets short: what is judged would else be the weights it starts
+    from, and more so the more a method's step costs.
+    """
     steps, each = entry.steps(), getattr(cost, equal)
     factor = budget / sum(n * c for n, c in zip(steps.values(), each, strict=True))
-    return tuple(f"{key}={max(1, round(n * factor))}" for key, n in (steps | entry.warm_up()).items())
+    found = {key: max(1, round(n * factor)) for key, n in (steps | entry.warm_up()).items()}
+    decays = dict(_found("ema_decay", recipes.to_plain(entry.load())))
+    for key in steps:
+        decay, longest = key.replace("student_steps", "ema_decay"), math.floor(1e4 * max(0.0, 1 - 5 / found[key])) / 1e4
+        if decays[decay] > longest:
+            found[decay] = longest
+    return tuple(f"{key}={n}" for key, n in found.items())
 
 
 def whole_cost(entry: Entry, cost: Cost, equal: str) -> float:

@@ -49,9 +49,11 @@ def test_a_budget_is_met_with_the_phases_in_their_own_proportions(contest, folde
         "priming.student_steps=300",
         "equilibrium.student_steps=400",
     )
-    assert contest.on_budget(entry, cost, "clips", 6.8) == ("priming.student_steps=1", "equilibrium.student_steps=1")
+    short = ("priming.student_steps=1", "equilibrium.student_steps=1", "priming.ema_decay=0.0")
+    assert contest.on_budget(entry, cost, "clips", 6.8) == (*short, "equilibrium.ema_decay=0.0")
     alone = contest.Entry("priming", folder / "vpae.yaml", ("equilibrium=null",))
-    assert contest.on_budget(alone, contest.Cost([2.0], [12.0]), "seconds", 10) == ("priming.student_steps=5",)
+    few = contest.on_budget(alone, contest.Cost([2.0], [12.0]), "seconds", 16)
+    assert few == ("priming.student_steps=8", "priming.ema_decay=0.375"), "an EMA of 0.9 would keep 43 % of the teacher"
 
 
 def test_a_warm_up_of_the_head_is_scaled_and_paid_for_like_student_steps(contest, folder):
@@ -69,6 +71,8 @@ def test_a_warm_up_of_the_head_is_scaled_and_paid_for_like_student_steps(contest
         "priming.student_steps=30",
         "equilibrium.student_steps=40",
         "equilibrium.head_warmup_turns=80",
+        "priming.ema_decay=0.8333",
+        "equilibrium.ema_decay=0.875",
     )
 
 
@@ -248,8 +252,9 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     assert done.returncode == 0, done.stderr[-3000:]
     document = json.loads((checkout / "results" / "quality_closed_validation.json").read_text())
     table = document["tables"]["clips"]
+    consistency = ["method.consistency.student_steps=17", "method.consistency.ema_decay=0.7058"]
     # (1 + 2) turns x 3 steps + (1 + 1) turns x 4 steps, four clips each; a consistency step is one turn
-    assert table["budget"] == 68 and table["settings"]["lcm"] == ["method.consistency.student_steps=17"]
+    assert table["budget"] == 68 and table["settings"]["lcm"] == consistency
     assert set(table["rows"]) == {"vpae 1 NFE", "vpae 4 NFE", "lcm 1 NFE", "lcm 4 NFE"}
     assert document["bars"]["clips"]["best_peer"] == "lcm"
     row = table["jobs"]["vpae"][0]
