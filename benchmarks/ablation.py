@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, write_result
+from common import parts_before, write_result
 from contest import (
     COLUMNS,
     RECIPES,
@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace) -> None:
         jobs[study] = found
     about = {"benchmark": "ablation", "world": arguments.world, "seeds": arguments.seeds, "clips": arguments.clips}
     about |= {"recipe": digest(Entry("vpae", recipe, overrides).load()), "ranks": arguments.ranks}
-    tables = _of_before(about)
+    tables = parts_before("ablation", about, "studies")
     for study, found in jobs.items():
         rows = {name: summary(runs, "1 NFE") for name, runs in found.items()}
         paper = ("VSD alone", "consistency alone") if study == "priming" else STUDIES[study].paper
@@ -187,13 +187,6 @@ def run(arguments: argparse.Namespace) -> None:
         print_table(f"{study}: {word}", rows, (*COLUMNS, "training_minutes", "diverged"))
     write_result("ablation", about | {"studies": tables})
     print(json.dumps({"benchmark": "ablation", "verdicts": {name: t["verdict"] for name, t in tables.items()}}))
-
-
-def _of_before(about: dict[str, Any]) -> dict[str, Any]:
-    """Studies of an earlier call on the same terms."""
-    file = RESULTS / "ablation.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    return before["studies"] if all(before.get(key) == value for key, value in about.items()) else {}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -26,3 +27,10 @@ def write_result(name: str, document: dict[str, Any], folder: Path = RESULTS) ->
     target = folder / f"{name}.json"
     write_json(target, document | {"date": date.today().isoformat(), "commit": commit(), "environment": environment()})
     return target
+
+
+def parts_before(name: str, about: dict[str, Any], part: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """What ``results/NAME.json`` holds under ``part`` from earlier calls on the same terms; else nothing."""
+    file = folder / f"{name}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return before[part] if before and all(before.get(key) == value for key, value in about.items()) else {}

@@ -65,7 +65,8 @@ def train(entry: Entry, folder: Path, ranks: int, overrides: Sequence[str]) -> i
     if process.returncode:
         kind = Diverged if "loss or gradient is not finite" in tail.text else UserError
         raise kind(f"{entry.name} in {folder} failed with status {process.returncode}; see above")
-    for phase, found in _ends(folder, entry.load(*overrides)).items():
+    for phase in phases_of(entry.load(*overrides)):
+        found = checkpoints.find(folder / phase / "checkpoints")
         if found is None or found.turn < found.part("turns", int):
             raise UserError(f"{entry.name} was stopped in {folder / phase}; give the same command again to go on")
     return peak
@@ -111,10 +112,6 @@ def _high_water(pid: int) -> int:
         return 0
     lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(lines[0][1]) * 1024 if lines else 0
-
-
-def _ends(folder: Path, recipe: recipes.Recipe) -> dict[str, checkpoints.Checkpoint | None]:
-    return {phase: checkpoints.find(folder / phase / "checkpoints") for phase in phases_of(recipe)}
 
 
 def diversity(role: Role, encoders: Encoders, clips: Sequence[Clip], draws: int, **options: Any) -> float:

@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, write_result
+from common import parts_before, write_result
 from contest import (
     COLUMNS,
     RECIPES,
@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     about = {"benchmark": "tuning", "set": list(arguments.overrides)}
     about |= {key: getattr(arguments, key) for key in ("world", "seed", "clips", "ranks", "minutes")}
     about |= {} if arguments.minutes else {"budget_of": digest(vpae.load())}
-    tables: dict[str, Any] = _tried_before(about)
+    tables: dict[str, Any] = parts_before("tuning", about, "methods")
     for method in arguments.methods:
         tried = trials(every[method])
         costs = measure_costs([*([] if arguments.minutes else [vpae]), *tried], arguments.root, arguments.ranks)
@@ -146,13 +146,6 @@ def run(arguments: argparse.Namespace) -> None:
         write_result("tuning", about | {"methods": tables})
     best = {m: t["overrides"][t["best"]] for m, t in tables.items()}
     print(json.dumps({"benchmark": "tuning", "best": best}))
-
-
-def _tried_before(about: dict[str, Any]) -> dict[str, Any]:
-    """Methods of an earlier call on the same terms: each can be tuned in a call of its own."""
-    file = RESULTS / "tuning.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    return before["methods"] if all(before.get(key) == value for key, value in about.items()) else {}
 
 
 if __name__ == "__main__":

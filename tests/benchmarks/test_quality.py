@@ -268,3 +268,13 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     other = [*command, "--final", "--set", "evaluate.seed=1"]
     refused = subprocess.run(other, capture_output=True, text=True, timeout=900, **where)
     assert refused.returncode == 2 and "say --because why it is used again" in refused.stderr
+
+
+def test_parts_of_earlier_calls_are_kept_on_the_same_terms_alone(contest, tmp_path):
+    from common import parts_before, write_result
+
+    about = {"benchmark": "tuning", "minutes": 3.0}
+    assert parts_before("tuning", about, "methods", tmp_path) == {}
+    write_result("tuning", about | {"methods": {"lcm": 1}}, tmp_path)
+    assert parts_before("tuning", about, "methods", tmp_path) == {"lcm": 1}
+    assert parts_before("tuning", about | {"minutes": 4.0}, "methods", tmp_path) == {}
