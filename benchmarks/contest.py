@@ -10,6 +10,7 @@ the teacher) is data, outside the budget.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from common import commit
-from jobs import train
+from jobs import result_file, share, train
 
 from vpae import recipe as recipes
 from vpae.data.bounce import World
@@ -34,9 +35,11 @@ from vpae.errors import UserError
 from vpae.files import write_json
 from vpae.runs import phases_of
 
-_ROUNDS, _STEPS, _WARM = 3, 6, 2  # of the measurement of cost: rounds, student steps a phase, turns left out
+_ROUNDS, _STEPS, _WARM = 2, 6, 2  # of the measurement of cost: rounds, student steps a phase, turns left out
 RECIPES = Path(__file__).parent.parent / "recipes"
-_FREE = ("seed", "learning_rate", "betas", "schedule", "warmup_steps", "ema_decay", "low", "high", "mean")  # of charge
+_FREE = (  # of charge
+    *("seed", "learning_rate", "betas", "schedule", "warmup_steps", "ema_decay", "low", "high", "mean", "grid_steps"),
+)
 _OFF = 10**6  # never, in a run of the sizes here
 
 # Overrides that move a recipe into a world. In the closed one a single evaluation of the teacher comes to 94 % of its
@@ -105,10 +108,12 @@ class Cost:
     Attributes:
         seconds: of each phase.
         clips: that are seen, of each phase.
+        digest: of what was measured, and on how many ranks.
     """
 
     seconds: list[float] = field(default_factory=list)
     clips: list[float] = field(default_factory=list)
+    digest: str = ""
 
 
 def cost_digest(recipe: recipes.Recipe) -> str:
@@ -121,28 +126,62 @@ def cost_digest(recipe: recipes.Recipe) -> str:
 
 
 def measure_costs(entries: Sequence[Entry], root: Path, ranks: int) -> dict[str, Cost]:
-    """Seconds and clips a student step of every entry; measured once and kept in ``root/costs.json``."""
-    file = root / "costs.json"
-    kept = json.loads(file.read_text()) if file.is_file() else {}
+    """Seconds and clips a student step of every entry; each round measured once and kept under ``root/costs``."""
     digests = {e.name: f"{cost_digest(e.load())}-{ranks}" for e in entries}
-    new = list({digests[e.name]: e for e in entries if digests[e.name] not in kept}.values())
-    seconds: dict[str, list[list[float]]] = {e.name: [] for e in new}
-    clips: dict[str, list[float]] = {}
-    for r, entry in itertools.product(range(_ROUNDS), new):
-        folder = root / "costs" / f"{entry.name}-{r}"
-        short = [f"{key}={_STEPS}" for key in entry.steps()] + [f"{key}=0" for key in entry.warm_up()]
-        quiet = ["engine.log_every=1", f"engine.sample_every={_OFF}", f"engine.checkpoint_every={_OFF}"]
-        shutil.rmtree(folder, ignore_errors=True)  # of another recipe, or stopped: a few seconds' work
-        train(entry, folder, ranks, (*short, *quiet, "engine.samples=1"))
-        rows = [_phase_cost(folder / phase, entry) for phase in phases_of(entry.load())]
-        seconds[entry.name].append([s for s, _ in rows])
-        clips[entry.name] = [c for _, c in rows]
-    for entry in new:
-        medians = [statistics.median(phase) for phase in zip(*seconds[entry.name], strict=True)]
-        about = {"of": entry.name, "date": date.today().isoformat(), "commit": commit()}
-        kept[digests[entry.name]] = about | {"seconds": medians, "clips": clips[entry.name]}
-    write_json(file, kept)
-    return {name: Cost(kept[digest]["seconds"], kept[digest]["clips"]) for name, digest in digests.items()}
+    files = {name: [root / "costs" / f"{digest}-{r}.json" for r in range(_ROUNDS)] for name, digest in digests.items()}
+    once = {digests[e.name]: e for e in entries}  # several of one digest: the last measures for all
+    rounds = itertools.product(range(_ROUNDS), once.items())
+    tasks = {f"{d}-{r}": functools.partial(_measure, e, files[e.name][r], ranks) for r, (d, e) in rounds}
+    share(tasks, root / "costs")
+    found = {}
+    for name, kept in files.items():
+        measured = [json.loads(file.read_text()) for file in kept]
+        # the least of the rounds: what else the machine does only adds, and once made a round ten times as long
+        least = [min(phase) for phase in zip(*(m["seconds"] for m in measured), strict=True)]
+        found[name] = Cost(least, measured[-1]["clips"], digests[name])
+    return found
+
+
+def restore(document: Mapping[str, Any], root: Path) -> int:
+    """Put costs and jobs of a result into a folder that lacks them, so that seeds can be added on another day.
+
+    Steps of an entry follow from what it cost: the same machine's costs are needed for the same steps. Weights are not
+    in a result, so what needs them (another split) trains anew.
+
+    Returns:
+        How many jobs were put there.
+    """
+    for cost in document["costs"].values():
+        for file in (root / "costs" / f"{cost['digest']}-{r}.json" for r in range(_ROUNDS)):
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, cost)
+    put = 0
+    for equal, table in document["tables"].items():
+        for name, jobs in table["jobs"].items():
+            for job in jobs:
+                folder = root / f"equal-{equal}" / f"{name}-seed{job['seed']}"
+                file = result_file(folder, document["split"], document["clips"])
+                if not file.is_file() and not folder.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(file, job)
+                    put += 1
+    return put
+
+
+def _measure(entry: Entry, file: Path, ranks: int) -> None:
+    """One round of an entry: a run of a few steps without its warm-up."""
+    if file.is_file():
+        return
+    folder = file.with_suffix("")
+    short = [f"{key}={_STEPS}" for key in entry.steps()] + [f"{key}=0" for key in entry.warm_up()]
+    quiet = ["engine.log_every=1", f"engine.sample_every={_OFF}", f"engine.checkpoint_every={_OFF}"]
+    shutil.rmtree(folder, ignore_errors=True)  # stopped: a few seconds' work
+    train(entry, folder, ranks, (*short, *quiet, "engine.samples=1"))
+    seconds, clips = zip(*(_phase_cost(folder / phase, entry) for phase in phases_of(entry.load())), strict=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    about = {"of": entry.name, "date": date.today().isoformat(), "commit": commit()}
+    write_json(file, about | {"seconds": seconds, "clips": clips})
 
 
 def _phase_cost(phase: Path, entry: Entry) -> tuple[float, float]:
@@ -156,7 +195,7 @@ def _phase_cost(phase: Path, entry: Entry) -> tuple[float, float]:
     for key, warm in entry.warm_up().items():
         if key.split(".")[0] == phase.name:
             counts["head"] += warm / entry.steps()[f"{phase.name}.student_steps"]
-    # a mean, since turns of one player differ (lazy R1); rounds are joined by their median
+    # a mean, since turns of one player differ (lazy R1)
     seconds = {player: statistics.fmean(times[min(_WARM, len(times) - 1) :]) for player, times in turns.items()}
     batch = entry.load().engine.global_batch
     return sum(seconds[player] * n for player, n in counts.items()), batch * sum(counts.values())

@@ -1,10 +1,15 @@
 """One job of a comparison: an entry trained under one seed, judged, and kept until something it depends on changes.
 
-Beside a job's folder lie ``NAME.digest`` (which job it is) and ``NAME.peak`` (most bytes one of its processes held).
+Beside a job's folder lie ``NAME.digest`` (which job it is), ``NAME.peak`` (most bytes one of its processes held),
+``NAME.SPLIT-CLIPS.json`` and ``.npz`` (scores, and the first eight videos), and ``NAME.lock``: the same command may be
+given several times at once, and its processes share the jobs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
 import itertools
 import json
 import os
@@ -14,12 +19,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+import torch
 from common import commit
 
 from vpae import recipe as recipes
@@ -160,8 +166,67 @@ def set_aside(folder: Path, digest: str) -> None:
     note.write_text(digest)
 
 
+def result_file(folder: Path, split: str, clips: int) -> Path:
+    """Of a job's scores."""
+    return folder.with_name(f"{folder.name}.{split}-{clips}.json")
+
+
 def _peak_note(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.peak")
+
+
+@contextlib.contextmanager
+def _claimed(lock: Path) -> Iterator[bool]:
+    """Whether this process has the lock; it goes with the process, however that ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def share(tasks: Mapping[str, Callable[[], None]], folder: Path, *, wait: bool = True) -> list[str]:
+    """Carry out every task, together with other processes that do the same; each does at once what is done already.
+
+    Args:
+        folder: of a lock for each task.
+        wait: for tasks that another process has under way; otherwise they are left out.
+
+    Returns:
+        Names of the tasks that are done.
+    """
+    left, told = dict(tasks), False
+    while left:
+        before = len(left)
+        for name, task in list(left.items()):
+            with _claimed(folder / f"{name}.lock") as mine:
+                if mine:
+                    task()
+                    del left[name]
+                else:
+                    _warn_of_threads()
+        if not wait:
+            break
+        if len(left) == before:
+            if not told:
+                print(f"waiting for another process: {', '.join(left)}", flush=True)
+            told = True
+            time.sleep(2)
+    return [name for name in tasks if name not in left]
+
+
+@functools.cache
+def _warn_of_threads() -> None:
+    threads = torch.get_num_threads()
+    if threads > 1 and not torch.cuda.is_available():
+        print(
+            f"warning: several processes share these jobs, and each computes on {threads} threads: they "
+            "take cores from each other; set OMP_NUM_THREADS=1 and --ranks 1, and start one a core",
+            file=sys.stderr,
+        )
 
 
 def run_jobs(
@@ -173,6 +238,7 @@ def run_jobs(
     ranks: int,
     split: str,
     clips: int,
+    wait: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Train and judge every entry under every seed; what is finished is taken as it is.
 
@@ -180,24 +246,35 @@ def run_jobs(
 
     Args:
         settings: overrides of each entry besides the seed.
+        wait: for jobs that another process has under way; otherwise they are left out.
     """
+    options = {"ranks": ranks, "split": split, "clips": clips}
+    asked = {f"{e.name}-seed{seed}": (e, seed) for seed, e in itertools.product(seeds, entries)}
+    tasks = {
+        name: functools.partial(_job, entry, seed, root / name, settings[entry.name], **options)
+        for name, (entry, seed) in asked.items()
+    }
     done: dict[str, list[dict[str, Any]]] = {e.name: [] for e in entries}
-    for seed, entry in itertools.product(seeds, entries):
-        folder = root / f"{entry.name}-seed{seed}"
-        own = (*settings[entry.name], f"seed={seed}")
-        digest, file = job_digest(entry.load(*own)), folder / f"{split}-{clips}.json"
-        if not file.is_file() or json.loads(file.read_text())["recipe"] != digest:
-            print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
-            set_aside(folder, digest)
-            record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit()}
-            try:
-                record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips)
-            except Diverged as error:
-                record |= {"failed": str(error)}
-                folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, record | {"environment": environment() | {"ranks": ranks}})
-        done[entry.name].append(json.loads(file.read_text()))
+    for name in share(tasks, root, wait=wait):
+        done[asked[name][0].name].append(json.loads(result_file(root / name, split, clips).read_text()))
     return done
+
+
+def _job(
+    entry: Entry, seed: int, folder: Path, settings: tuple[str, ...], *, ranks: int, split: str, clips: int
+) -> None:
+    own = (*settings, f"seed={seed}")
+    digest, file = job_digest(entry.load(*own)), result_file(folder, split, clips)
+    if file.is_file() and json.loads(file.read_text())["recipe"] == digest:
+        return
+    print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
+    set_aside(folder, digest)
+    record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit()}
+    try:
+        record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips)
+    except Diverged as error:
+        record |= {"failed": str(error)}
+    write_json(file, record | {"environment": environment() | {"ranks": ranks}})
 
 
 def _result(entry: Entry, folder: Path, own: tuple[str, ...], *, ranks: int, split: str, clips: int) -> dict[str, Any]:
@@ -205,6 +282,6 @@ def _result(entry: Entry, folder: Path, own: tuple[str, ...], *, ranks: int, spl
     peak = max(train(entry, folder, ranks, own), int(note.read_text()) if note.is_file() else 0)
     write_text(note, str(peak))
     rows, shown = judge(folder, entry.world(), split, clips, {"1 NFE": {"steps": 1}, "4 NFE": {"steps": 4}})
-    np.savez_compressed(folder / f"{split}-shown.npz", *shown)
+    np.savez_compressed(result_file(folder, split, clips).with_suffix(".npz"), *shown)
     seconds = seconds_training(folder, entry.load(*own))
     return {"rows": rows, "seconds_training": seconds, "peak_bytes": peak, "seconds_of_job": time.monotonic() - began}

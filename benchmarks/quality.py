@@ -5,7 +5,9 @@
     python benchmarks/quality.py --lines --world open              # the teacher alone
 
 Each (table, method, seed) is a job of its own under outputs/benchmarks/quality/, trained with checkpoints: give the
-same command again after a stop, however long later. The budget is what V-PAE's recipe costs (``--minutes``, ``--clips-
+same command again after a stop, however long later, or several times at once (with ``--ranks 1`` once a core, or once a
+GPU with CUDA_VISIBLE_DEVICES), and its processes share the jobs. Seeds that a result holds already, from this kind of
+machine, are taken from it. The budget is what V-PAE's recipe costs (``--minutes``, ``--clips-
 seen`` for others). Reference lines are the teacher at 100, 8, 4, 2 and 1 NFE. ``--final`` is allowed once for
 a set of recipes and settings; asked for again it wants ``--because``, and every look is recorded before it is taken.
 Writes benchmarks/results/quality_WORLD_SPLIT.json and, for each table, a figure (.svg) and a contact sheet (.png: the
@@ -15,6 +17,7 @@ same eight conditions for every method) under that name with ``_seconds`` or ``_
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -32,19 +35,22 @@ from contest import (
     on_budget,
     ours,
     print_table,
+    restore,
     spread,
     summary,
     whole_cost,
 )
-from jobs import judge, run_jobs
+from jobs import judge, result_file, run_jobs
 from quality_figure import write_figure
 
+from vpae.data.bounce import Clip
 from vpae.data.look import contact_sheet
 from vpae.errors import UserError
 from vpae.evaluation import clips_of
 from vpae.files import write_json
 from vpae.models import find_model, weights_fingerprint
 from vpae.recipe import digest
+from vpae.runs import environment
 
 TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' moves nothing
     "teacher 100 NFE": {"steps": 50, "guidance_scale": 2.0, "sampler": "euler"},
@@ -103,12 +109,10 @@ def _as_summary(row: dict[str, Any]) -> dict[str, dict[str, float]]:
     return values | {key: spread([row[key]]) for key in ("frechet", "diversity", "seconds_per_clip")}
 
 
-def write_sheet(path: Path, folders: dict[str, Path], split: str, teacher: list[np.ndarray], real) -> None:
-    """The same eight conditions for every method; ``folders``: a job of each."""
+def write_sheet(path: Path, shown: dict[str, Path], teacher: list[np.ndarray], real: list[Clip]) -> None:
+    """The same eight conditions for every method; ``shown``: the videos of a job of each."""
     videos = {"real": [c.frames for c in real], "teacher 100 NFE": teacher}
-    for name, folder in folders.items():
-        if (file := folder / f"{split}-shown.npz").is_file():  # not where it diverged
-            videos[name] = list(np.load(file).values())
+    videos |= {name: list(np.load(file).values()) for name, file in shown.items()}
     contact_sheet([(f"{name} {i}", v[i]) for i in range(len(teacher)) for name, v in videos.items()], path)
 
 
@@ -145,6 +149,13 @@ def write_lines(arguments: argparse.Namespace, entry: Entry, split: str) -> None
     print(json.dumps(about | {"percent_of_100_nfe": percent}))
 
 
+def _same_machine(document: dict[str, Any], ranks: int) -> bool:
+    now = environment()
+    return ranks == document.get("ranks") and all(
+        document["environment"][key] == now[key] for key in ("device", "cores", "threads", "torch")
+    )
+
+
 def main() -> None:
     parser = command_line(__doc__, "quality")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
@@ -170,6 +181,10 @@ def run(arguments: argparse.Namespace) -> None:
     shape = {key: getattr(arguments, key) for key in ("seeds", "equal", "minutes", "clips_seen", "clips", "ranks")}
     asked = shape | {"recipes": {e.name: digest(e.load()) for e in chosen}}
     looks = guard(RESULTS / f"{name}_looks.json", asked, arguments.because) if arguments.final else []
+    if (before := RESULTS / f"{name}.json").is_file():
+        document = json.loads(before.read_text())
+        if _same_machine(document, arguments.ranks) and (put := restore(document, arguments.root)):
+            print(f"{put} jobs taken from {before}; move it away to train them anew", flush=True)
     costs = measure_costs([vpae, *(e for e in chosen if e.name != "vpae")], arguments.root, arguments.ranks)
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)
     lines = {name: _as_summary(row) for name, row in rows.items()}
@@ -186,9 +201,12 @@ def run(arguments: argparse.Namespace) -> None:
         took = ("seconds_per_clip", "training_minutes", "percent_of_budget", "peak_gib", "diverged")
         print_table("what it took", found, took)
         tables[equal] = {"budget": budget, "settings": settings, "rows": found, "jobs": jobs}
-        folders = {e.name: root / f"{e.name}-seed{arguments.seeds[0]}" for e in chosen}
-        real = clips_of(vpae.world(), split, 8)
-        write_sheet(RESULTS / f"{name}_{equal}.png", folders, split, videos, real)
+        first = {e.name: root / f"{e.name}-seed{arguments.seeds[0]}" for e in chosen if "failed" not in jobs[e.name][0]}
+        shown = {n: result_file(job, split, arguments.clips).with_suffix(".npz") for n, job in first.items()}
+        if all(file.is_file() for file in shown.values()):
+            write_sheet(RESULTS / f"{name}_{equal}.png", shown, videos, clips_of(vpae.world(), split, 8))
+        else:
+            print("the contact sheet stays as it is: videos of jobs that were taken from a result are not here")
         title = f"{arguments.world} world, {split} split, equal {equal}"
         write_figure(RESULTS / f"{name}_{equal}.svg", title, lines, {n: v for n, v in found.items() if "mean" in v})
     document = {
@@ -198,7 +216,8 @@ def run(arguments: argparse.Namespace) -> None:
         "world": arguments.world,
         "clips": arguments.clips,
         "seeds": arguments.seeds,
-        "costs": {name: {"seconds": c.seconds, "clips": c.clips} for name, c in costs.items()},
+        "ranks": arguments.ranks,
+        "costs": {name: dataclasses.asdict(c) for name, c in costs.items()},
         "teacher": rows,
         "tables": tables,
         "bars": {equal: bars(rows["teacher 100 NFE"], table["jobs"]) for equal, table in tables.items()},

@@ -16,6 +16,7 @@ cosine) is in every method's space here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -126,26 +127,39 @@ def run(arguments: argparse.Namespace) -> None:
     about = {"benchmark": "tuning", "set": list(arguments.overrides)}
     about |= {key: getattr(arguments, key) for key in ("world", "seed", "clips", "ranks", "minutes")}
     about |= {} if arguments.minutes else {"budget_of": digest(vpae.load())}
-    tables: dict[str, Any] = parts_before("tuning", about, "methods")
-    for method in arguments.methods:
-        tried = trials(every[method])
-        costs = measure_costs([*([] if arguments.minutes else [vpae]), *tried], arguments.root, arguments.ranks)
-        budget = arguments.minutes * 60 if arguments.minutes else whole_cost(vpae, costs["vpae"], "seconds")
-        settings = {e.name: on_budget(e, costs[e.name], "seconds", budget) for e in tried}
-        jobs = run_jobs(tried, [arguments.seed], arguments.root, settings, **options)
-        rows = {name: summary(runs, "1 NFE", budget) for name, runs in jobs.items()}
-        if not (whole := [name for name in rows if "mean" in rows[name]]):
-            raise UserError(f"every trial of {method} diverged: widen its space in tuning.SPACES to lower rates")
-        best = max(whole, key=lambda name: rows[name]["mean"]["mean"])
-        columns = (*COLUMNS, "training_minutes", "percent_of_budget", "diverged")
-        print_table(f"{method}: {budget:.0f} s a trial, best {best}", rows, columns)
-        changed = {e.name: list(own) for e, own in zip(tried, SPACES[method], strict=True)}
-        recipe = digest(every[method].load())
-        tables[method] = {"recipe": recipe, "budget_seconds": budget, "best": best, "overrides": changed}
-        tables[method] |= {"rows": rows, "jobs": jobs}
-        write_result("tuning", about | {"methods": tables})
+    budget_of = [] if arguments.minutes else [vpae]
+    tried = {method: trials(every[method]) for method in arguments.methods}
+    costs = measure_costs([*budget_of, *itertools.chain(*tried.values())], arguments.root, arguments.ranks)
+    budget = arguments.minutes * 60 if arguments.minutes else whole_cost(vpae, costs["vpae"], "seconds")
+    left = list(tried)
+    for wait in (False, True):  # what another process has under way comes last
+        for method in list(left):
+            settings = {e.name: on_budget(e, costs[e.name], "seconds", budget) for e in tried[method]}
+            jobs = run_jobs(tried[method], [arguments.seed], arguments.root, settings, wait=wait, **options)
+            if not all(jobs.values()):
+                continue
+            left.remove(method)
+            table = judged(method, tried[method], jobs, budget) | {"recipe": digest(every[method].load())}
+            tables = parts_before("tuning", about, "methods") | {method: table}
+            write_result("tuning", about | {"methods": tables})
     best = {m: t["overrides"][t["best"]] for m, t in tables.items()}
     print(json.dumps({"benchmark": "tuning", "best": best}))
+
+
+def judged(method: str, tried: list[Entry], jobs: dict[str, list[dict[str, Any]]], budget: float) -> dict[str, Any]:
+    """A method's trials side by side, with the best of them.
+
+    Raises:
+        UserError: every one diverged.
+    """
+    rows = {name: summary(runs, "1 NFE", budget) for name, runs in jobs.items()}
+    if not (whole := [name for name in rows if "mean" in rows[name]]):
+        raise UserError(f"every trial of {method} diverged: widen its space in tuning.SPACES to lower rates")
+    best = max(whole, key=lambda name: rows[name]["mean"]["mean"])
+    columns = (*COLUMNS, "training_minutes", "percent_of_budget", "diverged")
+    print_table(f"{method}: {budget:.0f} s a trial, best {best}", rows, columns)
+    changed = {e.name: list(own) for e, own in zip(tried, SPACES[method], strict=True)}
+    return {"budget_seconds": budget, "best": best, "overrides": changed, "rows": rows, "jobs": jobs}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -88,11 +89,53 @@ def test_what_a_step_costs_is_measured_once_for_recipes_that_differ_in_rates_alo
     rate = contest.Entry("rate", folder / "vpae.yaml", ("priming.student_optimiser.learning_rate=0.01",))
     ratio = contest.Entry("ratio", folder / "vpae.yaml", ("priming.fake_per_student=7",))
     costs = contest.measure_costs([base, rate, ratio], folder / "root", 1)
-    assert len(trained) == 6 and len(set(trained)) == 2
+    assert sorted(trained) == ["rate", "rate", "ratio", "ratio"]
     assert costs["base"] == costs["rate"] != costs["ratio"]
-    assert contest.measure_costs([rate], folder / "root", 1) == {"rate": costs["rate"]} and len(trained) == 6
+    assert contest.measure_costs([rate], folder / "root", 1) == {"rate": costs["rate"]} and len(trained) == 4
     contest.measure_costs([rate], folder / "root", 2)
-    assert len(trained) == 9, "another number of ranks costs something else"
+    assert len(trained) == 6, "another number of ranks costs something else"
+
+
+def test_processes_of_one_folder_share_the_tasks_and_each_is_done_by_one(jobs, tmp_path):
+    """Two of them, each task a second: they must overlap, and whoever comes second waits for what the first has."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import functools, os, sys, time\nfrom pathlib import Path\nimport jobs\n"
+        "root = Path(sys.argv[1])\n"
+        "def task(name):\n"
+        "    file = root / name\n"
+        "    if not file.exists():\n"
+        "        time.sleep(1)\n"
+        "        with file.open('x') as out:\n"
+        "            out.write(str(os.getpid()))\n"
+        "names = ['a', 'b', 'c', 'd']\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "done = jobs.share({n: functools.partial(task, n) for n in names}, root / 'locks')\n"
+        "assert done == names and all((root / n).exists() for n in names)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(BENCHMARKS)}, **pipes) for _ in range(2)]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    assert len({(tmp_path / name).read_text() for name in "abcd"}) == 2
+
+
+def test_what_another_process_has_under_way_is_left_out_where_none_waits(jobs, tmp_path, monkeypatch, capsys):
+    jobs._warn_of_threads.cache_clear()
+    monkeypatch.setattr(jobs.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: False)
+    did = []
+    tasks = {name: lambda name=name: did.append(name) for name in ("a", "b")}
+    with (tmp_path / "a.lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert jobs.share(tasks, tmp_path, wait=False) == ["b"] and did == ["b"]
+    assert "each computes on 2 threads" in capsys.readouterr().err
+    assert jobs.share(tasks, tmp_path) == ["a", "b"] and did == ["b", "a", "b"]
 
 
 def test_a_job_of_another_recipe_is_set_aside_and_one_of_the_same_stays(contest, jobs, folder):
@@ -143,7 +186,7 @@ def test_a_run_that_was_interrupted_is_no_result(jobs, one_job, folder, capfd):
     with pytest.raises(jobs.UserError, match="failed with status 2"):
         one_job("error: the disk is full", 2, 8)
     assert "error: the disk is full" in capfd.readouterr().err
-    assert not (folder / "root" / "vpae-seed0" / "validation-2.json").exists()
+    assert not (folder / "root" / "vpae-seed0.validation-2.json").exists()
     assert one_job("done", 0, 9)["seconds_training"] == 60
     assert one_job("not run again", 1, 0)["seconds_training"] == 60
 
@@ -263,6 +306,13 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     assert "<svg" in (checkout / "results" / "quality_closed_validation_clips.svg").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert again.returncode == 0 and "== vpae" not in again.stdout
+    shutil.rmtree(folder / "jobs")  # another day: costs, so steps, and jobs are in the result
+    sheet = (checkout / "results" / "quality_closed_validation_clips.png").stat().st_mtime_ns
+    later = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
+    assert later.returncode == 0 and "2 jobs taken from" in later.stdout and "== vpae" not in later.stdout
+    kept = json.loads((checkout / "results" / "quality_closed_validation.json").read_text())
+    assert kept["tables"] == document["tables"] and kept["costs"] == document["costs"]
+    assert sheet == (checkout / "results" / "quality_closed_validation_clips.png").stat().st_mtime_ns
     final = subprocess.run([*command, "--final"], capture_output=True, text=True, timeout=900, **where)
     assert final.returncode == 0, final.stderr[-3000:]
     other = [*command, "--final", "--set", "evaluate.seed=1"]
