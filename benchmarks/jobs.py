@@ -238,6 +238,7 @@ def run_jobs(
     ranks: int,
     split: str,
     clips: int,
+    steps: Sequence[int] = (1, 4),
     wait: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Train and judge every entry under every seed; what is finished is taken as it is.
@@ -246,9 +247,10 @@ def run_jobs(
 
     Args:
         settings: overrides of each entry besides the seed.
+        steps: of the student's sampler, each judged as a row of its own.
         wait: for jobs that another process has under way; otherwise they are left out.
     """
-    options = {"ranks": ranks, "split": split, "clips": clips}
+    options = {"ranks": ranks, "split": split, "clips": clips, "steps": steps}
     asked = {f"{e.name}-seed{seed}": (e, seed) for seed, e in itertools.product(seeds, entries)}
     tasks = {
         name: functools.partial(_job, entry, seed, root / name, settings[entry.name], **options)
@@ -261,27 +263,38 @@ def run_jobs(
 
 
 def _job(
-    entry: Entry, seed: int, folder: Path, settings: tuple[str, ...], *, ranks: int, split: str, clips: int
+    entry: Entry,
+    seed: int,
+    folder: Path,
+    settings: tuple[str, ...],
+    *,
+    ranks: int,
+    split: str,
+    clips: int,
+    steps: Sequence[int],
 ) -> None:
     own = (*settings, f"seed={seed}")
     digest, file = job_digest(entry.load(*own)), result_file(folder, split, clips)
-    if file.is_file() and json.loads(file.read_text())["recipe"] == digest:
+    kept = json.loads(file.read_text()) if file.is_file() else {"recipe": None}
+    if kept["recipe"] == digest and ("failed" in kept or {f"{n} NFE" for n in steps} <= set(kept["rows"])):
         return
     print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
     set_aside(folder, digest)
     record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit()}
     try:
-        record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips)
+        record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips, steps=steps)
     except Diverged as error:
         record |= {"failed": str(error)}
     write_json(file, record | {"environment": environment() | {"ranks": ranks}})
 
 
-def _result(entry: Entry, folder: Path, own: tuple[str, ...], *, ranks: int, split: str, clips: int) -> dict[str, Any]:
+def _result(
+    entry: Entry, folder: Path, own: tuple[str, ...], *, ranks: int, split: str, clips: int, steps: Sequence[int]
+) -> dict[str, Any]:
     began, note = time.monotonic(), _peak_note(folder)
     peak = max(train(entry, folder, ranks, own), int(note.read_text()) if note.is_file() else 0)
     write_text(note, str(peak))
-    rows, shown = judge(folder, entry.world(), split, clips, {"1 NFE": {"steps": 1}, "4 NFE": {"steps": 4}})
+    rows, shown = judge(folder, entry.world(), split, clips, {f"{n} NFE": {"steps": n} for n in steps})
     np.savez_compressed(result_file(folder, split, clips).with_suffix(".npz"), *shown)
     seconds = seconds_training(folder, entry.load(*own))
     return {"rows": rows, "seconds_training": seconds, "peak_bytes": peak, "seconds_of_job": time.monotonic() - began}

@@ -123,7 +123,10 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     every = {e.name: e for e in entries(arguments)}
-    vpae, options = every["vpae"], {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
+    vpae, options = (
+        every["vpae"],
+        {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips, "steps": (1,)},
+    )
     about = {"benchmark": "tuning", "set": list(arguments.overrides)}
     about |= {key: getattr(arguments, key) for key in ("world", "seed", "clips", "ranks", "minutes")}
     about |= {} if arguments.minutes else {"budget_of": digest(vpae.load())}

@@ -165,16 +165,16 @@ def one_job(contest, jobs, folder, monkeypatch):
     """Run a job whose training says ``words``, ends with ``status`` and leaves its phase at ``turn`` of 9."""
     entry, script = contest.Entry("vpae", folder / "vpae.yaml", ("equilibrium=null",)), folder / "vpae.sh"
 
-    def run(words: str, status: int, turn: int) -> dict:
+    def run(words: str, status: int, turn: int, steps: tuple[int, ...] = (1,)) -> dict:
         script.write_text(f"#!/bin/sh\necho '{words}' >&2\nexit {status}\n")
         script.chmod(0o755)
         monkeypatch.setattr(jobs.sys, "executable", str(script))
         found = argparse.Namespace(turn=turn, part=lambda name, kind: {"turns": 9}[name])
         monkeypatch.setattr(jobs.checkpoints, "find", lambda root: found)
-        monkeypatch.setattr(jobs, "judge", lambda *_: ({"1 NFE": {}}, [np.zeros(3)]))
+        monkeypatch.setattr(jobs, "judge", lambda *a: (dict.fromkeys(a[4], {}), [np.zeros(3)]))
         monkeypatch.setattr(jobs, "seconds_training", lambda *_: 60.0)
         (folder / "root" / "vpae-seed0").mkdir(parents=True, exist_ok=True)
-        options = {"ranks": 1, "split": "validation", "clips": 2}
+        options = {"ranks": 1, "split": "validation", "clips": 2, "steps": steps}
         return jobs.run_jobs([entry], [0], folder / "root", {"vpae": ()}, **options)["vpae"][0]
 
     return run
@@ -189,6 +189,7 @@ def test_a_run_that_was_interrupted_is_no_result(jobs, one_job, folder, capfd):
     assert not (folder / "root" / "vpae-seed0.validation-2.json").exists()
     assert one_job("done", 0, 9)["seconds_training"] == 60
     assert one_job("not run again", 1, 0)["seconds_training"] == 60
+    assert set(one_job("trained, not yet judged so", 0, 9, (1, 4))["rows"]) == {"1 NFE", "4 NFE"}
 
 
 def test_a_run_that_diverged_is_kept_as_that_and_is_in_no_mean(contest, one_job):
