@@ -45,13 +45,19 @@ _OFF = 10**6  # never, in a run of the sizes here
 # Overrides that move a recipe into a world. In the closed one a single evaluation of the teacher comes to 94 % of its
 # best: too little room to tell methods apart. In the open one captions are silent about three balls in five: 45 %.
 _WORLDS = {
-    "closed": (),
     "open": (
         "teacher.path=tiny_wan_open",
         "data.source.world.unsaid=0.6",
         "data.source.count=2048",
         "data.cache=outputs/cache/bounce-train-open",
     ),
+    "closed": (
+        "teacher.path=tiny_wan",
+        "data.source.world.unsaid=0.0",
+        "data.source.count=1024",
+        "data.cache=outputs/cache/bounce-train-1024",
+    ),
+    "own": (),
 }
 
 
@@ -89,16 +95,29 @@ def _found(name: str, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tu
 
 def ours(arguments: argparse.Namespace) -> Path:
     """V-PAE's recipe: the one asked for, else the world's own."""
-    return arguments.recipe or RECIPES / {"open": "tiny_open.yaml", "closed": "quickstart.yaml"}[arguments.world]
+    return arguments.recipe or RECIPES / ("quickstart.yaml" if arguments.world == "closed" else "tiny_open.yaml")
 
 
 def in_world(world: str, recipe: Path) -> tuple[str, ...]:
-    """Overrides that move a recipe's teacher and data into one of the worlds."""
-    plain = recipes.to_plain(recipes.load(recipe))
-    samples = plain.get("method", {}).get("teacher_samples")
-    if not _WORLDS[world] or not samples:
+    """Overrides that move a recipe's teacher and data into one of the worlds; none into its own."""
+    samples = recipes.to_plain(recipes.load(recipe)).get("method", {}).get("teacher_samples")
+    if not samples or world == "own":
         return _WORLDS[world]
-    return (*_WORLDS[world], f"method.teacher_samples.folder={samples['folder']}-{world}")
+    return (*_WORLDS[world], f"method.teacher_samples.folder=outputs/cache/bounce-train-{world}-teacher")
+
+
+def check_one_world(entries: Sequence[Entry]) -> None:
+    """Raises:
+    UserError: recipes differ in teacher or world, and so would be judged by different measures.
+    """
+    places = {e.name: (e.load().teacher.path, e.world().fingerprint()) for e in entries}
+    first = entries[0].name
+    for name, place in places.items():
+        if place != places[first]:
+            raise UserError(
+                f"{name} and {first} differ in teacher.path or data.source.world and cannot be compared; "
+                "--world open or closed moves both"
+            )
 
 
 @dataclass
@@ -256,7 +275,7 @@ def command_line(doc: str | None, root: str) -> argparse.ArgumentParser:
     """The options that every comparison has; ``root``: name of its folder of jobs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="V-PAE's; default: the world's own")
-    parser.add_argument("--world", choices=tuple(_WORLDS), default="open", help="closed: that of the peers' recipes")
+    parser.add_argument("--world", choices=tuple(_WORLDS), default="open", help="own: as the recipes say")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="for every recipe: teacher.path=... ")
     parser.add_argument("--clips", type=int, default=64, help="that are judged")
     parser.add_argument("--ranks", type=int, default=2)

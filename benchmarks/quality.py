@@ -29,6 +29,7 @@ from contest import (
     RECIPES,
     Entry,
     carry_out,
+    check_one_world,
     command_line,
     in_world,
     measure_costs,
@@ -68,12 +69,14 @@ def entries(arguments: argparse.Namespace) -> list[Entry]:
     recipe, overrides = ours(arguments), arguments.overrides
     own = (*in_world(arguments.world, recipe), *overrides)
     peers = sorted(arguments.peers.glob("*.yaml"))
-    return [
+    every = [
         Entry("vpae", recipe, own),
         Entry("priming", recipe, (*own, "equilibrium=null")),
         Entry("equilibrium", recipe, (*own, "priming=null")),
         *(Entry(path.stem, path, (*in_world(arguments.world, path), *overrides)) for path in peers),
     ]
+    check_one_world(every)
+    return every
 
 
 def pick(every: list[Entry], chosen: list[str] | None) -> list[Entry]:

@@ -202,16 +202,26 @@ def test_a_run_that_diverged_is_kept_as_that_and_is_in_no_mean(contest, one_job)
     assert set(contest.summary([lost], "1 NFE")) == {"diverged"}
 
 
-def test_the_open_world_has_teacher_clips_of_its_own(contest):
+def test_each_world_has_teacher_clips_of_its_own(contest):
     peers = BENCHMARKS.parent / "recipes" / "peers"
-    assert contest.in_world("closed", peers / "ladd.yaml") == ()
+    assert contest.in_world("own", peers / "ladd.yaml") == ()
     assert not any("teacher_samples" in o for o in contest.in_world("open", peers / "dmd2.yaml"))
-    folders = [
-        contest.Entry("ladd", peers / "ladd.yaml", contest.in_world(w, peers / "ladd.yaml")).load()
-        for w in ("closed", "open")
-    ]
-    closed, open_ = (recipe.method.teacher_samples.folder for recipe in folders)
-    assert closed != open_ and {r.data.source["world"].get("unsaid") for r in folders} == {None, 0.6}
+    found = {}
+    for world in ("closed", "open", "own"):
+        entry = contest.Entry("ladd", peers / "ladd.yaml", contest.in_world(world, peers / "ladd.yaml"))
+        recipe = entry.load()
+        found[world] = (recipe.teacher.path, entry.world().unsaid, recipe.method.teacher_samples.folder)
+    assert found["closed"] == ("tiny_wan", 0.0, "outputs/cache/bounce-train-closed-teacher")
+    assert found["open"] == found["own"] == ("tiny_wan_open", 0.6, "outputs/cache/bounce-train-open-teacher")
+
+
+def test_recipes_of_different_worlds_are_not_compared(contest):
+    recipes = BENCHMARKS.parent / "recipes"
+    entries = [contest.Entry(path, recipes / path) for path in ("quickstart.yaml", "peers/dmd2.yaml")]
+    with pytest.raises(contest.UserError, match="peers/dmd2.yaml and quickstart.yaml differ in teacher.path"):
+        contest.check_one_world(entries)
+    moved = [contest.Entry(e.name, e.recipe, contest.in_world("closed", e.recipe)) for e in entries]
+    contest.check_one_world(moved)
 
 
 def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
@@ -220,9 +230,7 @@ def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
     import quality
     import tuning
 
-    asked = argparse.Namespace(
-        recipe=quality.RECIPES / "quickstart.yaml", peers=quality.RECIPES / "peers", world="open", overrides=[]
-    )
+    asked = argparse.Namespace(recipe=None, peers=quality.RECIPES / "peers", world="open", overrides=[])
     every = quality.entries(asked)
     tried = {e.name: tuning.trials(e) for e in every if e.name in tuning.SPACES}
     assert set(tried) == {e.name for e in every} - {"priming", "equilibrium"}
@@ -288,13 +296,13 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     shutil.copytree(BENCHMARKS, checkout, ignore=shutil.ignore_patterns("results", "__pycache__"))
     (checkout / "results").mkdir()
     command = [sys.executable, str(checkout / "quality.py"), "--recipe", str(folder / "vpae.yaml"), "--peers"]
-    command += [str(folder / "peers"), "--methods", "vpae", "lcm", "--world", "closed", "--seeds", "0"]
+    command += [str(folder / "peers"), "--methods", "vpae", "lcm", "--world", "own", "--seeds", "0"]
     command += ["--clips", "2", "--ranks", "1"]
     command += ["--root", str(folder / "jobs"), "--equal", "clips"]
     where = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert done.returncode == 0, done.stderr[-3000:]
-    document = json.loads((checkout / "results" / "quality_closed_validation.json").read_text())
+    document = json.loads((checkout / "results" / "quality_own_validation.json").read_text())
     table = document["tables"]["clips"]
     consistency = ["method.consistency.student_steps=17", "method.consistency.ema_decay=0.7058"]
     # (1 + 2) turns x 3 steps + (1 + 1) turns x 4 steps, four clips each; a consistency step is one turn
@@ -304,16 +312,16 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     row = table["jobs"]["vpae"][0]
     assert row["peak_bytes"] > 1e8 and row["seconds_training"] > 0 and row["rows"]["1 NFE"]["diversity"] > 0
     assert np.isfinite(row["rows"]["1 NFE"]["values"]["mean"])
-    assert "<svg" in (checkout / "results" / "quality_closed_validation_clips.svg").read_text()
+    assert "<svg" in (checkout / "results" / "quality_own_validation_clips.svg").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert again.returncode == 0 and "== vpae" not in again.stdout
     shutil.rmtree(folder / "jobs")  # another day: costs, so steps, and jobs are in the result
-    sheet = (checkout / "results" / "quality_closed_validation_clips.png").stat().st_mtime_ns
+    sheet = (checkout / "results" / "quality_own_validation_clips.png").stat().st_mtime_ns
     later = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert later.returncode == 0 and "2 jobs taken from" in later.stdout and "== vpae" not in later.stdout
-    kept = json.loads((checkout / "results" / "quality_closed_validation.json").read_text())
+    kept = json.loads((checkout / "results" / "quality_own_validation.json").read_text())
     assert kept["tables"] == document["tables"] and kept["costs"] == document["costs"]
-    assert sheet == (checkout / "results" / "quality_closed_validation_clips.png").stat().st_mtime_ns
+    assert sheet == (checkout / "results" / "quality_own_validation_clips.png").stat().st_mtime_ns
     final = subprocess.run([*command, "--final"], capture_output=True, text=True, timeout=900, **where)
     assert final.returncode == 0, final.stderr[-3000:]
     other = [*command, "--final", "--set", "evaluate.seed=1"]
