@@ -107,8 +107,10 @@ def in_world(world: str, recipe: Path) -> tuple[str, ...]:
 
 
 def check_one_world(entries: Sequence[Entry]) -> None:
-    """Raises:
-    UserError: recipes differ in teacher or world, and so would be judged by different measures.
+    """All are to be judged by the same measure.
+
+    Raises:
+        UserError: recipes differ in teacher or world.
     """
     places = {e.name: (e.load().teacher.path, e.world().fingerprint()) for e in entries}
     first = entries[0].name
