@@ -21,7 +21,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import parts_before, write_result
 from contest import (
     COLUMNS,
     RECIPES,
@@ -33,6 +32,7 @@ from contest import (
     print_table,
     summary,
     whole_cost,
+    write_part,
 )
 from jobs import run_jobs
 from quality import entries
@@ -143,8 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             left.remove(method)
             table = judged(method, tried[method], jobs, budget) | {"recipe": digest(every[method].load())}
-            tables = parts_before("tuning", about, "methods") | {method: table}
-            write_result("tuning", about | {"methods": tables})
+            tables = write_part("tuning", about, "methods", {method: table}, arguments.root)
     best = {m: t["overrides"][t["best"]] for m, t in tables.items()}
     print(json.dumps({"benchmark": "tuning", "best": best}))
 
