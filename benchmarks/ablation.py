@@ -3,30 +3,32 @@
     python benchmarks/ablation.py --seeds 0 1 2
     python benchmarks/ablation.py --seeds 0 1 2 --studies head judge
 
-Phase I is trained once a seed and shared by every study of phase II. Where phase I itself is studied, consistency
-distillation gets VSD's wall-clock and its own tuned rates (recipes/peers/lcm.yaml). Jobs lie under
-outputs/benchmarks/ablation/; give the same command again after a stop. Scores are of the validation split. Each study
-ends with whether the order found is the paper's (V-PAE, arXiv 2508.21019, table of ablations: TC for judge and head;
-where it gives no figures, that is said): seeds are compared in pairs, and a difference below two standard errors counts
-as none. Writes benchmarks/results/ablation.json; studies of an earlier call on the same terms stay in it.
+Phase I is trained once a seed and shared by every study of phase II, as is the recipe where it stands in several.
+Where phase I itself is studied, consistency distillation gets VSD's wall-clock and its own tuned rates
+(recipes/peers/lcm.yaml). Jobs lie under outputs/benchmarks/ablation/; give the same command again after a stop, or
+several times at once, as for quality.py. Scores are of the validation split. Each study ends with whether the order
+found is the paper's (V-PAE, arXiv 2508.21019, table of ablations: TC for judge and head; where it gives no figures,
+that is said): seeds are compared in pairs, and a difference below two standard errors counts as none. Writes
+benchmarks/results/ablation.json; studies of an earlier call on the same terms stay in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import parts_before, write_result
 from contest import (
     COLUMNS,
     RECIPES,
     Entry,
     carry_out,
+    check_one_world,
     command_line,
     in_world,
     measure_costs,
@@ -35,6 +37,7 @@ from contest import (
     print_table,
     summary,
     whole_cost,
+    write_part,
 )
 from jobs import run_jobs
 
@@ -98,33 +101,38 @@ STUDIES = {
 }
 
 
-def priming_study(
-    recipe: Path, overrides: tuple[str, ...], seeds: list[int], root: Path, options: dict[str, Any], world: str
-) -> dict[str, list[dict[str, Any]]]:
-    """Phase II after VSD, after consistency distillation, and from the teacher itself; each phase I judged as well."""
+_FIRST = ("VSD alone", "consistency alone")  # phases I that phase II goes on from
+
+
+def plan(
+    studies: Sequence[str], recipe: Path, overrides: tuple[str, ...], world: str
+) -> tuple[list[Entry], dict[str, dict[str, Entry]]]:
+    """Phases I that are trained first, and every study's variants by name, as entries.
+
+    The recipe as it stands is a variant of most studies: it is one entry, trained once a seed.
+    """
     lcm = RECIPES / "peers" / "lcm.yaml"
     common = tuple(o for o in overrides if not o.startswith(("priming", "equilibrium")))  # it has no such sections
-    consistency = Entry("consistency alone", lcm, (*in_world(world, lcm), *common))
-    vsd = Entry("VSD alone", recipe, (*overrides, "equilibrium=null"))
-    costs = measure_costs([vsd, consistency], root, options["ranks"])
-    budget = whole_cost(vsd, costs[vsd.name], "seconds")
-    settings = {consistency.name: on_budget(consistency, costs[consistency.name], "seconds", budget), vsd.name: ()}
-    found = run_jobs([consistency, vsd], seeds, root, settings, **options)
-    for seed in seeds:
-        starts = {"VSD": root / f"VSD alone-seed{seed}", "consistency": root / f"consistency alone-seed{seed}"}
-        for name, start in starts.items():
-            entry = Entry(name, recipe, (*overrides, "priming=null", f"priming_run={start}"))
-            found.setdefault(name, []).extend(run_jobs([entry], [seed], root, _NONE, **options)[name])
-    none = Entry("none", recipe, (*overrides, "priming=null"))
-    return found | run_jobs([none], seeds, root, _NONE, **options)
-
-
-class _Nothing(dict):
-    def __missing__(self, key: str) -> tuple[str, ...]:
-        return ()
-
-
-_NONE = _Nothing()  # no overrides for any entry
+    first = [
+        Entry(_FIRST[0], recipe, (*overrides, "equilibrium=null")),
+        Entry(_FIRST[1], lcm, (*in_world(world, lcm), *common)),
+    ]
+    variants: dict[str, dict[str, Entry]] = {}
+    if "priming" in studies:
+        unprimed = (*overrides, "priming=null")
+        variants["priming"] = {e.name: e for e in first}
+        variants["priming"] |= {n: Entry(n, recipe, unprimed) for n in ("VSD", "consistency", "none")}
+    for study in (name for name in STUDIES if name in studies):
+        shared = () if STUDIES[study].whole else ("priming=null",)
+        variants[study] = {
+            name: Entry(f"{study} {name}", recipe, (*overrides, *shared, *changed))
+            for name, changed in STUDIES[study].variants.items()
+        }
+    once: dict[tuple[str, str | None], Entry] = {}
+    for study, entries in variants.items():
+        for name, entry in entries.items():
+            entries[name] = once.setdefault((digest(entry.load()), start_of(study, name)), entry)
+    return first if "priming" in studies else first[:1], variants
 
 
 def verdict(jobs: dict[str, list[dict[str, Any]]], paper: tuple[str, ...], measure: str) -> str:
@@ -155,37 +163,44 @@ def main() -> None:
     carry_out(run, parser)
 
 
+def start_of(study: str, name: str) -> str | None:
+    """The phase I that a variant's phase II goes on from; None where it has its own, or none."""
+    if study == "priming":
+        return {"VSD": _FIRST[0], "consistency": _FIRST[1]}.get(name)
+    return None if STUDIES[study].whole else _FIRST[0]
+
+
 def run(arguments: argparse.Namespace) -> None:
-    recipe = ours(arguments)
+    recipe, root = ours(arguments), arguments.root
     overrides = (*in_world(arguments.world, recipe), *arguments.overrides)
     options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
-    root = arguments.root
-    jobs = {}
-    if "priming" in arguments.studies:
-        jobs["priming"] = priming_study(recipe, overrides, arguments.seeds, root, options, arguments.world)
-    for study in (name for name in STUDIES if name in arguments.studies):
-        found: dict[str, list] = {}
-        for seed in arguments.seeds:
-            shared: tuple[str, ...] = ()
-            if not STUDIES[study].whole:
-                primed = Entry("VSD alone", recipe, (*overrides, "equilibrium=null"))
-                run_jobs([primed], [seed], root, _NONE, **options)
-                shared = ("priming=null", f"priming_run={root / f'VSD alone-seed{seed}'}")
-            for name, changed in STUDIES[study].variants.items():
-                entry = Entry(f"{study} {name}", recipe, (*overrides, *shared, *changed))
-                found.setdefault(name, []).extend(run_jobs([entry], [seed], root, _NONE, **options)[entry.name])
-        jobs[study] = found
+    first, variants = plan(arguments.studies, recipe, overrides, arguments.world)
+    check_one_world(first)
+    settings: dict[str, tuple[str, ...]] = {first[0].name: ()}
+    if len(first) > 1:  # consistency distillation gets VSD's wall-clock
+        costs = measure_costs(first, root, arguments.ranks)
+        budget = whole_cost(first[0], costs[first[0].name], "seconds")
+        settings[first[1].name] = on_budget(first[1], costs[first[1].name], "seconds", budget)
+    done = run_jobs(first, arguments.seeds, root, settings, **options)
+    later: dict[str, Entry] = {}
+    for study, entries in variants.items():
+        for name, entry in entries.items():
+            if entry not in first:
+                later[entry.name], start = entry, start_of(study, name)
+                settings[entry.name] = (f"priming_run={root}/{start}-seed{{seed}}",) if start else ()
+    done |= run_jobs(list(later.values()), arguments.seeds, root, settings, **options)
+    jobs = {study: {n: done[e.name] for n, e in entries.items()} for study, entries in variants.items()}
     about = {"benchmark": "ablation", "world": arguments.world, "seeds": arguments.seeds, "clips": arguments.clips}
     about |= {"recipe": digest(Entry("vpae", recipe, overrides).load()), "ranks": arguments.ranks}
-    tables = parts_before("ablation", about, "studies")
+    tables = {}
     for study, found in jobs.items():
         rows = {name: summary(runs, "1 NFE") for name, runs in found.items()}
-        paper = ("VSD alone", "consistency alone") if study == "priming" else STUDIES[study].paper
+        paper = _FIRST if study == "priming" else STUDIES[study].paper
         measure = "mean" if study == "priming" else STUDIES[study].measure
         word = verdict(found, paper, measure)
         tables[study] = {"rows": rows, "paper": list(paper), "verdict": word, "jobs": found}
         print_table(f"{study}: {word}", rows, (*COLUMNS, "training_minutes", "diverged"))
-    write_result("ablation", about | {"studies": tables})
+    tables = write_part("ablation", about, "studies", tables, root)
     print(json.dumps({"benchmark": "ablation", "verdicts": {name: t["verdict"] for name, t in tables.items()}}))
 
 

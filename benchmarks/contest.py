@@ -10,7 +10,6 @@ the teacher) is data, outside the budget.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -25,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import commit
-from jobs import result_file, share, train
+from common import RESULTS, commit, parts_before, write_result
+from jobs import claimed, train
 
 from vpae import recipe as recipes
 from vpae.data.bounce import World
 from vpae.engine.tracking import read_log
 from vpae.errors import UserError
 from vpae.files import write_json
-from vpae.runs import phases_of
+from vpae.runs import environment, phases_of
 
 _ROUNDS, _STEPS, _WARM = 2, 6, 2  # of the measurement of cost: rounds, student steps a phase, turns left out
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -45,13 +44,19 @@ _OFF = 10**6  # never, in a run of the sizes here
 # Overrides that move a recipe into a world. In the closed one a single evaluation of the teacher comes to 94 % of its
 # best: too little room to tell methods apart. In the open one captions are silent about three balls in five: 45 %.
 _WORLDS = {
-    "closed": (),
     "open": (
         "teacher.path=tiny_wan_open",
         "data.source.world.unsaid=0.6",
         "data.source.count=2048",
         "data.cache=outputs/cache/bounce-train-open",
     ),
+    "closed": (
+        "teacher.path=tiny_wan",
+        "data.source.world.unsaid=0.0",
+        "data.source.count=1024",
+        "data.cache=outputs/cache/bounce-train-1024",
+    ),
+    "own": (),
 }
 
 
@@ -68,7 +73,12 @@ class Entry:
 
     def world(self) -> World:
         """That its clips are of: what it is judged on."""
-        return World.from_dict(self.load().data.source["world"])
+        source = self.load().data.source
+        if source["kind"] != "bounce":
+            raise UserError(
+                f"{self.recipe}: data.source.kind is {source['kind']}; only clips of bounce can be judged here"
+            )
+        return World.from_dict(source.get("world", {}))
 
     def steps(self) -> dict[str, int]:
         """The keys of all ``student_steps`` with their values, in the order of the phases."""
@@ -89,16 +99,31 @@ def _found(name: str, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tu
 
 def ours(arguments: argparse.Namespace) -> Path:
     """V-PAE's recipe: the one asked for, else the world's own."""
-    return arguments.recipe or RECIPES / {"open": "tiny_open.yaml", "closed": "quickstart.yaml"}[arguments.world]
+    return arguments.recipe or RECIPES / ("quickstart.yaml" if arguments.world == "closed" else "tiny_open.yaml")
 
 
 def in_world(world: str, recipe: Path) -> tuple[str, ...]:
-    """Overrides that move a recipe's teacher and data into one of the worlds."""
-    plain = recipes.to_plain(recipes.load(recipe))
-    samples = plain.get("method", {}).get("teacher_samples")
-    if not _WORLDS[world] or not samples:
+    """Overrides that move a recipe's teacher and data into one of the worlds; none into its own."""
+    samples = recipes.to_plain(recipes.load(recipe)).get("method", {}).get("teacher_samples")
+    if not samples or world == "own":
         return _WORLDS[world]
-    return (*_WORLDS[world], f"method.teacher_samples.folder={samples['folder']}-{world}")
+    return (*_WORLDS[world], f"method.teacher_samples.folder=outputs/cache/bounce-train-{world}-teacher")
+
+
+def check_one_world(entries: Sequence[Entry]) -> None:
+    """All are to be judged by the same measure.
+
+    Raises:
+        UserError: recipes differ in teacher or world.
+    """
+    places = {e.name: (e.load().teacher.path, e.world().fingerprint()) for e in entries}
+    first = entries[0].name
+    for name, place in places.items():
+        if place != places[first]:
+            raise UserError(
+                f"{name} and {first} differ in teacher.path or data.source.world and cannot be compared; "
+                "--world open or closed moves both"
+            )
 
 
 @dataclass
@@ -108,12 +133,12 @@ class Cost:
     Attributes:
         seconds: of each phase.
         clips: that are seen, of each phase.
-        digest: of what was measured, and on how many ranks.
+        key: of what was measured, and where (:func:`cost_key`).
     """
 
     seconds: list[float] = field(default_factory=list)
     clips: list[float] = field(default_factory=list)
-    digest: str = ""
+    key: str = ""
 
 
 def cost_digest(recipe: recipes.Recipe) -> str:
@@ -125,48 +150,34 @@ def cost_digest(recipe: recipes.Recipe) -> str:
     return recipes.digest(without(recipes.to_plain(recipe)))
 
 
-def measure_costs(entries: Sequence[Entry], root: Path, ranks: int) -> dict[str, Cost]:
-    """Seconds and clips a student step of every entry; each round measured once and kept under ``root/costs``."""
-    digests = {e.name: f"{cost_digest(e.load())}-{ranks}" for e in entries}
-    files = {name: [root / "costs" / f"{digest}-{r}.json" for r in range(_ROUNDS)] for name, digest in digests.items()}
-    once = {digests[e.name]: e for e in entries}  # several of one digest: the last measures for all
-    rounds = itertools.product(range(_ROUNDS), once.items())
-    tasks = {f"{d}-{r}": functools.partial(_measure, e, files[e.name][r], ranks) for r, (d, e) in rounds}
-    share(tasks, root / "costs")
-    found = {}
-    for name, kept in files.items():
+def cost_key(entry: Entry, ranks: int) -> str:
+    """Of what a step costs: the recipe's part of it, ranks, threads and the machine's kind."""
+    now = environment()
+    return f"{cost_digest(entry.load())}-{ranks}x{now['threads']}-{now['device'].replace(' ', '_')}-{now['cores']}"
+
+
+def measure_costs(
+    entries: Sequence[Entry], root: Path, ranks: int, known: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Cost]:
+    """Seconds and clips a student step of every entry; each round measured once and kept under ``root/costs``.
+
+    One process measures while others on the same folder wait, so that all entries are measured under the same load.
+
+    Args:
+        known: costs of an earlier day by key. They are taken, since steps, and so jobs, follow from them.
+    """
+    keys, known = {e.name: cost_key(e, ranks) for e in entries}, known or {}
+    once = {keys[e.name]: e for e in entries if keys[e.name] not in known}  # several of one key: the last for all
+    files = {key: [root / "costs" / f"{key}-{r}.json" for r in range(_ROUNDS)] for key in once}
+    with claimed(root / "costs.lock", wait=True):
+        for r, (key, entry) in itertools.product(range(_ROUNDS), once.items()):
+            _measure(entry, files[key][r], ranks)
+    for key, kept in files.items():
         measured = [json.loads(file.read_text()) for file in kept]
         # the least of the rounds: what else the machine does only adds, and once made a round ten times as long
         least = [min(phase) for phase in zip(*(m["seconds"] for m in measured), strict=True)]
-        found[name] = Cost(least, measured[-1]["clips"], digests[name])
-    return found
-
-
-def restore(document: Mapping[str, Any], root: Path) -> int:
-    """Put costs and jobs of a result into a folder that lacks them, so that seeds can be added on another day.
-
-    Steps of an entry follow from what it cost: the same machine's costs are needed for the same steps. Weights are not
-    in a result, so what needs them (another split) trains anew.
-
-    Returns:
-        How many jobs were put there.
-    """
-    for cost in document["costs"].values():
-        for file in (root / "costs" / f"{cost['digest']}-{r}.json" for r in range(_ROUNDS)):
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, cost)
-    put = 0
-    for equal, table in document["tables"].items():
-        for name, jobs in table["jobs"].items():
-            for job in jobs:
-                folder = root / f"equal-{equal}" / f"{name}-seed{job['seed']}"
-                file = result_file(folder, document["split"], document["clips"])
-                if not file.is_file() and not folder.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(file, job)
-                    put += 1
-    return put
+        known = {**known, key: measured[-1] | {"seconds": least}}
+    return {name: Cost(known[key]["seconds"], known[key]["clips"], key) for name, key in keys.items()}
 
 
 def _measure(entry: Entry, file: Path, ranks: int) -> None:
@@ -256,7 +267,7 @@ def command_line(doc: str | None, root: str) -> argparse.ArgumentParser:
     """The options that every comparison has; ``root``: name of its folder of jobs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, help="V-PAE's; default: the world's own")
-    parser.add_argument("--world", choices=tuple(_WORLDS), default="open", help="closed: that of the peers' recipes")
+    parser.add_argument("--world", choices=tuple(_WORLDS), default="open", help="own: as the recipes say")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="for every recipe: teacher.path=... ")
     parser.add_argument("--clips", type=int, default=64, help="that are judged")
     parser.add_argument("--ranks", type=int, default=2)
@@ -278,6 +289,29 @@ def carry_out(run: Callable[[argparse.Namespace], None], parser: argparse.Argume
     except KeyboardInterrupt:
         print("stopped; give the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def stored(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """Costs by key and jobs of earlier days, out of ``results/NAME.json``."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else {"costs": {}, "jobs": []}
+
+
+def store(name: str, costs: Mapping[str, Cost], jobs: Sequence[dict[str, Any]], root: Path, folder: Path = RESULTS):
+    """Add to them. Nothing is taken out: a table may be asked for in parts, and by several processes at once."""
+    with claimed(root / f"{name}.lock", wait=True):
+        before = stored(name, folder)
+        every = {(j["recipe"], j["split"], j["clips"]): j for j in (*before["jobs"], *jobs)}
+        new = {c.key: {"of": n, "seconds": c.seconds, "clips": c.clips} for n, c in costs.items()}
+        write_json(folder / f"{name}.json", {"costs": new | before["costs"], "jobs": list(every.values())})
+
+
+def write_part(name: str, about: Mapping[str, Any], part: str, new: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Add to a part of ``results/NAME.json``, keeping what is there on the same terms; the whole part."""
+    with claimed(root / f"{name}.lock", wait=True):
+        whole = {**parts_before(name, about, part), **new}
+        write_result(name, {**about, part: whole})
+    return whole
 
 
 COLUMNS = ("sa", "tc", "fq", "mean", "dynamic_degree", "frechet", "trajectory_error", "diversity")

@@ -58,7 +58,7 @@ def train(entry: Entry, folder: Path, ranks: int, overrides: Sequence[str]) -> i
     """
     command = [sys.executable, "-m", "vpae", "distill", str(entry.recipe), "--output", str(folder), "--resume"]
     command += ["--ranks", str(ranks), "--set", *entry.overrides, *overrides]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, pass_fds=_held)
     tail = _Tail(process)
     try:
         peak = _watched(process)
@@ -154,14 +154,20 @@ def job_digest(recipe: recipes.Recipe) -> str:
 
 
 def set_aside(folder: Path, digest: str) -> None:
-    """Note beside a folder which job it is for; one of another job is renamed, since training may have taken long."""
+    """Note beside a folder which job it is for; one of another job is renamed, since training may have taken long.
+
+    Its scores and videos go with it.
+    """
     note = folder.with_name(f"{folder.name}.digest")
-    if folder.is_dir() and note.is_file() and (found := note.read_text()) != digest:
-        aside = folder.with_name(f"of-{found}-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+    if note.is_file() and (found := note.read_text()) != digest:
+        about = [*folder.parent.glob(f"{folder.name}.*.json"), *folder.parent.glob(f"{folder.name}.*.npz")]
+        for each in (folder, *about):
+            if each.exists():
+                aside = each.with_name(f"of-{found}-{each.name}")
+                shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+                each.rename(aside)
+                print(f"{each} was of another recipe: now {aside}")
         _peak_note(folder).unlink(missing_ok=True)
-        print(f"{folder} was of another recipe: now {aside}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(digest)
 
@@ -175,17 +181,30 @@ def _peak_note(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.peak")
 
 
+_held: list[int] = []  # locks; a training keeps them after its benchmark was killed
+
+
 @contextlib.contextmanager
-def _claimed(lock: Path) -> Iterator[bool]:
-    """Whether this process has the lock; it goes with the process, however that ends."""
+def claimed(lock: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has the lock; it goes with the process and the trainings it has started.
+
+    Args:
+        wait: until it is free.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        yield True
+        except OSError as error:
+            raise UserError(f"{lock} cannot be locked ({error.strerror}): name a --root on another disk") from None
+        _held.append(handle.fileno())
+        try:
+            yield True
+        finally:
+            _held.remove(handle.fileno())
 
 
 def share(tasks: Mapping[str, Callable[[], None]], folder: Path, *, wait: bool = True) -> list[str]:
@@ -202,7 +221,7 @@ def share(tasks: Mapping[str, Callable[[], None]], folder: Path, *, wait: bool =
     while left:
         before = len(left)
         for name, task in list(left.items()):
-            with _claimed(folder / f"{name}.lock") as mine:
+            with claimed(folder / f"{name}.lock") as mine:
                 if mine:
                     task()
                     del left[name]
@@ -240,17 +259,19 @@ def run_jobs(
     clips: int,
     steps: Sequence[int] = (1, 4),
     wait: bool = True,
+    known: Sequence[dict[str, Any]] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Train and judge every entry under every seed; what is finished is taken as it is.
 
     A job that diverged is kept as ``{"failed": why}``.
 
     Args:
-        settings: overrides of each entry besides the seed.
+        settings: overrides of each entry besides the seed, for which ``{seed}`` in them stands.
         steps: of the student's sampler, each judged as a row of its own.
         wait: for jobs that another process has under way; otherwise they are left out.
+        known: jobs of an earlier day, without their weights.
     """
-    options = {"ranks": ranks, "split": split, "clips": clips, "steps": steps}
+    options = {"ranks": ranks, "split": split, "clips": clips, "steps": steps, "known": known}
     asked = {f"{e.name}-seed{seed}": (e, seed) for seed, e in itertools.product(seeds, entries)}
     tasks = {
         name: functools.partial(_job, entry, seed, root / name, settings[entry.name], **options)
@@ -272,15 +293,20 @@ def _job(
     split: str,
     clips: int,
     steps: Sequence[int],
+    known: Sequence[dict[str, Any]],
 ) -> None:
-    own = (*settings, f"seed={seed}")
+    own = (*(setting.replace("{seed}", str(seed)) for setting in settings), f"seed={seed}")
     digest, file = job_digest(entry.load(*own)), result_file(folder, split, clips)
-    kept = json.loads(file.read_text()) if file.is_file() else {"recipe": None}
-    if kept["recipe"] == digest and ("failed" in kept or {f"{n} NFE" for n in steps} <= set(kept["rows"])):
-        return
+    asked = {"recipe": digest, "split": split, "clips": clips}
+    here = [json.loads(file.read_text())] if file.is_file() else []
+    for kept in (*here, *known):
+        if asked.items() <= kept.items() and ("failed" in kept or {f"{n} NFE" for n in steps} <= set(kept["rows"])):
+            set_aside(folder, digest)
+            write_json(file, kept)
+            return
     print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
     set_aside(folder, digest)
-    record = {"recipe": digest, "overrides": list(own), "seed": seed, "commit": commit()}
+    record = {"name": entry.name, "overrides": list(own), "seed": seed, "commit": commit()} | asked
     try:
         record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips, steps=steps)
     except Diverged as error:

@@ -6,18 +6,19 @@
 
 Each (table, method, seed) is a job of its own under outputs/benchmarks/quality/, trained with checkpoints: give the
 same command again after a stop, however long later, or several times at once (with ``--ranks 1`` once a core, or once a
-GPU with CUDA_VISIBLE_DEVICES), and its processes share the jobs. Seeds that a result holds already, from this kind of
-machine, are taken from it. The budget is what V-PAE's recipe costs (``--minutes``, ``--clips-
+GPU with CUDA_VISIBLE_DEVICES), and its processes share the jobs. Jobs that were done on another day, on this kind of
+machine, are taken from the result's ``_jobs``. The budget is what V-PAE's recipe costs (``--minutes``, ``--clips-
 seen`` for others). Reference lines are the teacher at 100, 8, 4, 2 and 1 NFE. ``--final`` is allowed once for
 a set of recipes and settings; asked for again it wants ``--because``, and every look is recorded before it is taken.
-Writes benchmarks/results/quality_WORLD_SPLIT.json and, for each table, a figure (.svg) and a contact sheet (.png: the
-same eight conditions for every method) under that name with ``_seconds`` or ``_clips``.
+Writes benchmarks/results/quality_WORLD_SPLIT.json, its jobs beside it as ..._jobs.json and, for each table, a figure
+(.svg) and a contact sheet (.png: the same eight conditions for every method) as ..._seconds or ..._clips.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,20 @@ from contest import (
     RECIPES,
     Entry,
     carry_out,
+    check_one_world,
     command_line,
     in_world,
     measure_costs,
     on_budget,
     ours,
     print_table,
-    restore,
     spread,
+    store,
+    stored,
     summary,
     whole_cost,
 )
-from jobs import judge, result_file, run_jobs
+from jobs import claimed, judge, result_file, run_jobs
 from quality_figure import write_figure
 
 from vpae.data.bounce import Clip
@@ -50,7 +53,6 @@ from vpae.evaluation import clips_of
 from vpae.files import write_json
 from vpae.models import find_model, weights_fingerprint
 from vpae.recipe import digest
-from vpae.runs import environment
 
 TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' moves nothing
     "teacher 100 NFE": {"steps": 50, "guidance_scale": 2.0, "sampler": "euler"},
@@ -94,13 +96,13 @@ def reference(root: Path, entry: Entry, split: str, clips: int) -> tuple[dict[st
     teacher = entry.load().teacher.path
     weights = weights_fingerprint(find_model(teacher))
     asked = {"teacher": weights, "world": entry.world().fingerprint(), "plans": TEACHER}
-    kept = json.loads(file.read_text()) if file.is_file() else {}
-    if any(kept.get(key) != value for key, value in asked.items()):
-        rows, videos = judge(Path(teacher), entry.world(), split, clips, TEACHER)
-        root.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(shown, *videos)
-        file.write_text(json.dumps(asked | {"rows": rows}))
-    return json.loads(file.read_text())["rows"], list(np.load(shown).values())
+    with claimed(root / "teacher.lock", wait=True):
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        if any(kept.get(key) != value for key, value in asked.items()):
+            rows, videos = judge(Path(teacher), entry.world(), split, clips, TEACHER)
+            np.savez_compressed(shown, *videos)
+            write_json(file, asked | {"rows": rows})
+        return json.loads(file.read_text())["rows"], list(np.load(shown).values())
 
 
 def _as_summary(row: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -109,10 +111,17 @@ def _as_summary(row: dict[str, Any]) -> dict[str, dict[str, float]]:
     return values | {key: spread([row[key]]) for key in ("frechet", "diversity", "seconds_per_clip")}
 
 
-def write_sheet(path: Path, shown: dict[str, Path], teacher: list[np.ndarray], real: list[Clip]) -> None:
-    """The same eight conditions for every method; ``shown``: the videos of a job of each."""
+def _sheet(path: Path, shown: dict[str, Path], teacher: list[np.ndarray], real: list[Clip]) -> None:
+    """The same eight conditions for every method; ``shown``: the videos of a job of each.
+
+    Jobs of an earlier day have no videos here: then a sheet that is there stays.
+    """
+    missing = [name for name, file in shown.items() if not file.is_file()]
+    if missing and path.is_file():
+        print(f"{path} stays as it is: no videos here of {', '.join(missing)}, whose scores are of an earlier day")
+        return
     videos = {"real": [c.frames for c in real], "teacher 100 NFE": teacher}
-    videos |= {name: list(np.load(file).values()) for name, file in shown.items()}
+    videos |= {name: list(np.load(file).values()) for name, file in shown.items() if file.is_file()}
     contact_sheet([(f"{name} {i}", v[i]) for i in range(len(teacher)) for name, v in videos.items()], path)
 
 
@@ -149,13 +158,6 @@ def write_lines(arguments: argparse.Namespace, entry: Entry, split: str) -> None
     print(json.dumps(about | {"percent_of_100_nfe": percent}))
 
 
-def _same_machine(document: dict[str, Any], ranks: int) -> bool:
-    now = environment()
-    return ranks == document.get("ranks") and all(
-        document["environment"][key] == now[key] for key in ("device", "cores", "threads", "torch")
-    )
-
-
 def main() -> None:
     parser = command_line(__doc__, "quality")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
@@ -181,32 +183,35 @@ def run(arguments: argparse.Namespace) -> None:
     shape = {key: getattr(arguments, key) for key in ("seeds", "equal", "minutes", "clips_seen", "clips", "ranks")}
     asked = shape | {"recipes": {e.name: digest(e.load()) for e in chosen}}
     looks = guard(RESULTS / f"{name}_looks.json", asked, arguments.because) if arguments.final else []
-    if (before := RESULTS / f"{name}.json").is_file():
-        document = json.loads(before.read_text())
-        if _same_machine(document, arguments.ranks) and (put := restore(document, arguments.root)):
-            print(f"{put} jobs taken from {before}; move it away to train them anew", flush=True)
-    costs = measure_costs([vpae, *(e for e in chosen if e.name != "vpae")], arguments.root, arguments.ranks)
+    check_one_world([vpae, *chosen])
+    before = stored(f"{name}_jobs")
+    measured = [vpae, *(e for e in chosen if e.name != "vpae")]
+    costs = measure_costs(measured, arguments.root, arguments.ranks, before["costs"])
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)
     lines = {name: _as_summary(row) for name, row in rows.items()}
-    tables: dict[str, Any] = {}
+    tables, trained = {}, {}
     for equal in arguments.equal:
         given = arguments.minutes and arguments.minutes * 60 if equal == "seconds" else arguments.clips_seen
         budget = given or whole_cost(vpae, costs["vpae"], equal)
         settings = {e.name: on_budget(e, costs[e.name], equal, budget) for e in chosen}
         root, options = arguments.root / f"equal-{equal}", {"ranks": arguments.ranks, "split": split}
-        jobs = run_jobs(chosen, arguments.seeds, root, settings, clips=arguments.clips, **options)
+        options |= {"clips": arguments.clips, "known": before["jobs"]}
+        jobs = run_jobs(chosen, arguments.seeds, root, settings, **options)
+        done = list(itertools.chain(*jobs.values()))
+        store(f"{name}_jobs", costs, done, arguments.root)
+        if old := sum(job in before["jobs"] for job in done):
+            print(f"{old} of {len(done)} jobs are of an earlier day, from {name}_jobs.json")
         meant = budget if equal == "seconds" else None
         found = {f"{n} {row}": summary(js, row, meant) for n, js in jobs.items() for row in ("1 NFE", "4 NFE")}
         print_table(f"equal {equal} ({budget:.0f}), {split} split", lines | found, COLUMNS)
         took = ("seconds_per_clip", "training_minutes", "percent_of_budget", "peak_gib", "diverged")
         print_table("what it took", found, took)
-        tables[equal] = {"budget": budget, "settings": settings, "rows": found, "jobs": jobs}
+        trained[equal] = jobs
+        tables[equal] = {"budget": budget, "settings": settings, "rows": found}
+        tables[equal]["commits"] = sorted({job["commit"] for job in done})
         first = {e.name: root / f"{e.name}-seed{arguments.seeds[0]}" for e in chosen if "failed" not in jobs[e.name][0]}
         shown = {n: result_file(job, split, arguments.clips).with_suffix(".npz") for n, job in first.items()}
-        if all(file.is_file() for file in shown.values()):
-            write_sheet(RESULTS / f"{name}_{equal}.png", shown, videos, clips_of(vpae.world(), split, 8))
-        else:
-            print("the contact sheet stays as it is: videos of jobs that were taken from a result are not here")
+        _sheet(RESULTS / f"{name}_{equal}.png", shown, videos, clips_of(vpae.world(), split, 8))
         title = f"{arguments.world} world, {split} split, equal {equal}"
         write_figure(RESULTS / f"{name}_{equal}.svg", title, lines, {n: v for n, v in found.items() if "mean" in v})
     document = {
@@ -220,7 +225,7 @@ def run(arguments: argparse.Namespace) -> None:
         "costs": {name: dataclasses.asdict(c) for name, c in costs.items()},
         "teacher": rows,
         "tables": tables,
-        "bars": {equal: bars(rows["teacher 100 NFE"], table["jobs"]) for equal, table in tables.items()},
+        "bars": {equal: bars(rows["teacher 100 NFE"], jobs) for equal, jobs in trained.items()},
     }
     written = json.loads(write_result(name, document).read_text())  # as written: JSON has no NaN
     print(json.dumps({key: written[key] for key in ("benchmark", "split", "seeds", "bars")}))

@@ -3,10 +3,11 @@
     python benchmarks/tuning.py --minutes 3                        # all methods, hours; give it again after a stop
     python benchmarks/tuning.py --minutes 3 --methods dmd2 pcm     # is added to what was tried on the same terms
 
-A trial is a method's recipe with the overrides of ``SPACES``, the first of them none, trained for the same wall-clock
-(default: what V-PAE's recipe costs now; say ``--minutes`` where recipes will change between calls) with one seed and
-judged at 1 NFE. The best trial of each goes into its recipe by hand, since a number in a recipe needs its reason beside
-it. Jobs lie under outputs/benchmarks/tuning/. Writes benchmarks/results/tuning.json.
+A trial is a method's recipe with the overrides of ``SPACES``, trained for the same wall-clock (default: what V-PAE's
+recipe costs now; say ``--minutes`` where recipes will change between calls) with one seed and judged at 1 NFE. The best
+trial of each goes into its recipe by hand, since a number in a recipe needs its reason beside it. Given several times
+at once, its processes share the trials. Jobs lie under outputs/benchmarks/tuning/. Writes
+benchmarks/results/tuning.json.
 
 V-PAE's recipe for the open world was found before, in runs of several lengths on the same clips
 (benchmarks/results/exploration_open.json). What they showed of learning rates (six times higher, and falling by a
@@ -21,7 +22,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import parts_before, write_result
 from contest import (
     COLUMNS,
     RECIPES,
@@ -33,6 +33,7 @@ from contest import (
     print_table,
     summary,
     whole_cost,
+    write_part,
 )
 from jobs import run_jobs
 from quality import entries
@@ -43,20 +44,19 @@ from vpae.recipe import digest
 Overrides = tuple[str, ...]
 
 
-def _rates(*optimisers: str, each: tuple[float, ...]) -> list[Overrides]:
-    """One trial for each learning rate, of all these optimisers, falling to its tenth."""
-    return [tuple(part for key in optimisers for part in _rate(key, rate)) for rate in each]
+def _rate(rate: float, *optimisers: str, schedule: str = "cosine") -> Overrides:
+    """All these optimisers at one rate, falling to its tenth or constant."""
+    keys = (f"method.{optimiser}_optimiser" for optimiser in optimisers)
+    return tuple(f"{key}.{name}" for key in keys for name in (f"learning_rate={rate}", f"schedule={schedule}"))
 
 
-def _rate(optimiser: str, rate: float) -> Overrides:
-    return f"{optimiser}.learning_rate={rate}", f"{optimiser}.schedule=cosine"
+_PRIMED = _rate(6e-4, "consistency.student")
+_FIVE = "method.critic_per_student=5"
+_FIRM = _rate(1e-5, "student", "head", schedule="constant")  # the rates of APT's second phase, before it was tuned
+_ONE = "method.head_per_student=1"
+_EMA = "method.consistency.target=ema"
 
-
-_STUDENT, _CRITIC, _HEAD = (f"method.{player}_optimiser" for player in ("student", "critic", "head"))
-_CONSISTENCY = "method.consistency.student_optimiser"
-_DMD2 = (*_rate(_STUDENT, 6e-4), *_rate(_CRITIC, 6e-4))
-_PRIMED = _rate(_CONSISTENCY, 6e-4)
-
+# Spelt out, the first of each as well: recipes take over what was best.
 SPACES: dict[str, list[Overrides]] = {
     "vpae": [
         (),
@@ -67,41 +67,41 @@ SPACES: dict[str, list[Overrides]] = {
         ("equilibrium.sds.weight=1",),
     ],
     "dmd2": [
-        (),
-        *_rates(_STUDENT, _CRITIC, each=(3e-4, 6e-4, 1e-3)),
-        (*_DMD2, "method.critic_per_student=3"),
-        (*_DMD2, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
+        (*_rate(1e-4, "student", "critic", schedule="constant"), _FIVE),
+        *((*_rate(rate, "student", "critic"), _FIVE) for rate in (3e-4, 6e-4, 1e-3)),
+        (*_rate(6e-4, "student", "critic"), "method.critic_per_student=3"),
+        (*_rate(6e-4, "student", "critic"), _FIVE, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
     ],
     "apt": [
-        (),
-        *_rates(_CONSISTENCY, each=(3e-4, 6e-4)),
-        (*_PRIMED, *_rate(_STUDENT, 5e-5), *_rate(_HEAD, 5e-5)),
-        (*_PRIMED, *_rate(_STUDENT, 2e-4), *_rate(_HEAD, 2e-4)),
-        (*_PRIMED, f"{_HEAD}.learning_rate=3.0e-4", f"{_HEAD}.betas=[0.9, 0.99]"),
+        (*_rate(1e-4, "consistency.student", schedule="constant"), *_FIRM),
+        *((*_rate(rate, "consistency.student"), *_FIRM) for rate in (3e-4, 6e-4)),
+        (*_PRIMED, *_rate(5e-5, "student", "head")),
+        (*_PRIMED, *_rate(2e-4, "student", "head")),
+        (*_PRIMED, *_FIRM, "method.head_optimiser.learning_rate=3.0e-4", "method.head_optimiser.betas=[0.9, 0.99]"),
     ],
     "pcm": [
-        (),
-        *_rates(_CONSISTENCY, each=(3e-4, 6e-4, 1e-3)),
+        _rate(1e-4, "consistency.student", schedule="constant"),
+        *(_rate(rate, "consistency.student") for rate in (3e-4, 6e-4, 1e-3)),
         (*_PRIMED, "method.adversary.head_optimiser.learning_rate=1.0e-3"),
         (*_PRIMED, "method.consistency.grid_steps=10"),
     ],
     "lcm": [
-        (),
-        *_rates(_CONSISTENCY, each=(3e-4, 6e-4, 1e-3)),
+        (*_rate(1e-4, "consistency.student", schedule="constant"), _EMA),
+        *((*_rate(rate, "consistency.student"), _EMA) for rate in (3e-4, 6e-4, 1e-3)),
         (*_PRIMED, "method.consistency.target=student"),
-        (*_PRIMED, "method.consistency.grid_steps=10"),
+        (*_PRIMED, _EMA, "method.consistency.grid_steps=10"),
     ],
     "ladd": [
-        (),
-        *_rates(_STUDENT, each=(2e-4, 6e-4)),
-        (*_rate(_STUDENT, 2e-4), f"{_HEAD}.learning_rate=1.0e-3"),
-        (*_rate(_STUDENT, 2e-4), "method.judge_time.mean=0.0"),
-        (*_rate(_STUDENT, 2e-4), "method.head_per_student=3"),
+        (*_rate(5e-5, "student", schedule="constant"), _ONE),
+        *((*_rate(rate, "student"), _ONE) for rate in (2e-4, 6e-4)),
+        (*_rate(2e-4, "student"), _ONE, "method.head_optimiser.learning_rate=1.0e-3"),
+        (*_rate(2e-4, "student"), _ONE, "method.judge_time.mean=0.0"),
+        (*_rate(2e-4, "student"), "method.head_per_student=3"),
     ],
     "mse": [
-        (),
-        *_rates(_STUDENT, each=(3e-4, 6e-4, 1e-3, 2e-3)),
-        (*_rate(_STUDENT, 6e-4), "method.ema_decay=0.95"),
+        _rate(1e-4, "student", schedule="constant"),
+        *(_rate(rate, "student") for rate in (3e-4, 6e-4, 1e-3, 2e-3)),
+        (*_rate(6e-4, "student"), "method.ema_decay=0.95"),
     ],
 }
 
@@ -143,8 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             left.remove(method)
             table = judged(method, tried[method], jobs, budget) | {"recipe": digest(every[method].load())}
-            tables = parts_before("tuning", about, "methods") | {method: table}
-            write_result("tuning", about | {"methods": tables})
+            tables = write_part("tuning", about, "methods", {method: table}, arguments.root)
     best = {m: t["overrides"][t["best"]] for m, t in tables.items()}
     print(json.dumps({"benchmark": "tuning", "best": best}))
 

@@ -158,7 +158,7 @@ class TestTeacherSamples:
         first = _data(plain)
         folder = tmp_path / "samples"
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
-        assert sorted(before) == ["manifest.json", "samples-00000.safetensors", "samples-00001.safetensors"]
+        assert sorted(before) == ["lock", "manifest.json", "samples-00000.safetensors", "samples-00001.safetensors"]
         (folder / "samples-00001.safetensors").unlink()
         (folder / ".samples-00001.safetensors.7.tmp").write_bytes(b"half")
         (folder / "manifest.json").unlink()
@@ -190,7 +190,7 @@ class TestTeacherSamples:
         (tmp_path / "samples" / "thesis.txt").write_text("mine")
         with pytest.raises(UserError, match="holds thesis.txt and no clips of the teacher"):
             _data(plain)
-        assert (tmp_path / "samples" / "thesis.txt").read_text() == "mine"
+        assert {file.name: file.read_text() for file in (tmp_path / "samples").iterdir()} == {"thesis.txt": "mine"}
 
     def test_preflight_asks_for_the_room_that_they_take(self, plain, tmp_path):
         recipe = recipes.from_plain(plain, "test")

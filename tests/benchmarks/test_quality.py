@@ -84,16 +84,22 @@ def test_what_a_step_costs_is_measured_once_for_recipes_that_differ_in_rates_alo
         trained.append(entry.name)
 
     monkeypatch.setattr(contest, "train", train)
-    monkeypatch.setattr(contest, "_phase_cost", lambda *_: (float(len(trained)), 12.0))
+    times = iter([9.0, 2.0, 3.0, 8.0, 7.0, 7.0])  # of rate, ratio, and again: the least of each counts
+    monkeypatch.setattr(contest, "_phase_cost", lambda *_: (next(times), 12.0))
+    monkeypatch.setattr(contest, "phases_of", lambda *_: ["priming"])
     base = contest.Entry("base", folder / "vpae.yaml")
     rate = contest.Entry("rate", folder / "vpae.yaml", ("priming.student_optimiser.learning_rate=0.01",))
     ratio = contest.Entry("ratio", folder / "vpae.yaml", ("priming.fake_per_student=7",))
     costs = contest.measure_costs([base, rate, ratio], folder / "root", 1)
     assert sorted(trained) == ["rate", "rate", "ratio", "ratio"]
-    assert costs["base"] == costs["rate"] != costs["ratio"]
+    assert costs["base"] == costs["rate"] and costs["rate"].seconds == [3.0] and costs["ratio"].seconds == [2.0]
+    assert costs["rate"].key.split("-")[1].startswith("1x")
     assert contest.measure_costs([rate], folder / "root", 1) == {"rate": costs["rate"]} and len(trained) == 4
     contest.measure_costs([rate], folder / "root", 2)
     assert len(trained) == 6, "another number of ranks costs something else"
+    known = {costs["rate"].key: {"seconds": [5.0], "clips": [1.0]}}
+    assert contest.measure_costs([rate], folder / "elsewhere", 1, known)["rate"].seconds == [5.0]
+    assert len(trained) == 6, "taken from an earlier day"
 
 
 def test_processes_of_one_folder_share_the_tasks_and_each_is_done_by_one(jobs, tmp_path):
@@ -160,12 +166,63 @@ def test_a_job_of_another_recipe_is_set_aside_and_one_of_the_same_stays(contest,
     assert before != jobs.job_digest(later.load())
 
 
+def test_a_job_of_an_earlier_day_is_taken_where_it_is_the_same(jobs, one_job, folder):
+    done = one_job("trained", 0, 9)
+    assert (done["name"], done["split"], done["clips"], done["seed"]) == ("vpae", "validation", 2, 0)
+    shutil.rmtree(folder / "root")
+    earlier = done | {"seconds_training": 7.0}
+    assert one_job("not run", 1, 0, known=[earlier | {"recipe": "another"}, earlier])["seconds_training"] == 7
+    for other in ({"recipe": "another"}, {"split": "test"}, {"clips": 64}):
+        shutil.rmtree(folder / "root")
+        assert one_job("trained", 0, 9, known=[earlier | other])["seconds_training"] == 60
+    # what is here is of another recipe: it is set aside with its videos, and the earlier job takes its place
+    (folder / "root" / "vpae-seed0.digest").write_text("old")
+    result = folder / "root" / "vpae-seed0.validation-2.json"
+    result.write_text(json.dumps(done | {"recipe": "old"}))
+    assert one_job("not run", 1, 0, known=[earlier])["seconds_training"] == 7
+    assert not result.with_suffix(".npz").exists()
+    assert json.loads((folder / "root" / f"of-old-{result.name}").read_text())["recipe"] == "old"
+
+
+def test_what_is_stored_only_grows(contest, tmp_path):
+    job = {"recipe": "a", "split": "test", "clips": 64, "seed": 0}
+    costs = {"vpae": contest.Cost([1.0], [2.0], "key")}
+    contest.store("x_jobs", costs, [job], tmp_path, tmp_path)
+    contest.store("x_jobs", {"lcm": contest.Cost([3.0], [4.0], "other")}, [job | {"recipe": "b"}], tmp_path, tmp_path)
+    kept = contest.stored("x_jobs", tmp_path)
+    assert [j["recipe"] for j in kept["jobs"]] == ["a", "b"] and set(kept["costs"]) == {"key", "other"}
+    assert kept["costs"]["key"] == {"of": "vpae", "seconds": [1.0], "clips": [2.0]}
+    assert contest.stored("y_jobs", tmp_path) == {"costs": {}, "jobs": []}
+
+
+def test_a_training_keeps_its_lock_when_its_benchmark_is_killed(jobs, tmp_path):
+    script = tmp_path / "benchmark.py"
+    script.write_text(
+        "import subprocess, sys, time\nfrom pathlib import Path\nimport jobs\n"
+        "with jobs.claimed(Path(sys.argv[1])) as mine:\n"
+        "    child = subprocess.Popen(['sleep', '60'], pass_fds=jobs._held, stdout=subprocess.DEVNULL)\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "lock")]
+    where = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
+    benchmark = subprocess.Popen(command, env=where, stdout=subprocess.PIPE, text=True)
+    child = int(benchmark.stdout.readline())
+    benchmark.kill()
+    benchmark.wait()
+    with jobs.claimed(tmp_path / "lock") as mine:
+        assert not mine
+    os.kill(child, 9)
+    with jobs.claimed(tmp_path / "lock", wait=True) as mine:
+        assert mine
+
+
 @pytest.fixture
 def one_job(contest, jobs, folder, monkeypatch):
     """Run a job whose training says ``words``, ends with ``status`` and leaves its phase at ``turn`` of 9."""
     entry, script = contest.Entry("vpae", folder / "vpae.yaml", ("equilibrium=null",)), folder / "vpae.sh"
 
-    def run(words: str, status: int, turn: int, steps: tuple[int, ...] = (1,)) -> dict:
+    def run(words: str, status: int, turn: int, steps: tuple[int, ...] = (1,), **more) -> dict:
         script.write_text(f"#!/bin/sh\necho '{words}' >&2\nexit {status}\n")
         script.chmod(0o755)
         monkeypatch.setattr(jobs.sys, "executable", str(script))
@@ -174,8 +231,9 @@ def one_job(contest, jobs, folder, monkeypatch):
         monkeypatch.setattr(jobs, "judge", lambda *a: (dict.fromkeys(a[4], {}), [np.zeros(3)]))
         monkeypatch.setattr(jobs, "seconds_training", lambda *_: 60.0)
         (folder / "root" / "vpae-seed0").mkdir(parents=True, exist_ok=True)
-        options = {"ranks": 1, "split": "validation", "clips": 2, "steps": steps}
-        return jobs.run_jobs([entry], [0], folder / "root", {"vpae": ()}, **options)["vpae"][0]
+        options = {"ranks": 1, "split": "validation", "clips": 2, "steps": steps} | more
+        settings = {"vpae": ("priming.student_steps=3",)}
+        return jobs.run_jobs([entry], [0], folder / "root", settings, **options)["vpae"][0]
 
     return run
 
@@ -202,16 +260,26 @@ def test_a_run_that_diverged_is_kept_as_that_and_is_in_no_mean(contest, one_job)
     assert set(contest.summary([lost], "1 NFE")) == {"diverged"}
 
 
-def test_the_open_world_has_teacher_clips_of_its_own(contest):
+def test_each_world_has_teacher_clips_of_its_own(contest):
     peers = BENCHMARKS.parent / "recipes" / "peers"
-    assert contest.in_world("closed", peers / "ladd.yaml") == ()
+    assert contest.in_world("own", peers / "ladd.yaml") == ()
     assert not any("teacher_samples" in o for o in contest.in_world("open", peers / "dmd2.yaml"))
-    folders = [
-        contest.Entry("ladd", peers / "ladd.yaml", contest.in_world(w, peers / "ladd.yaml")).load()
-        for w in ("closed", "open")
-    ]
-    closed, open_ = (recipe.method.teacher_samples.folder for recipe in folders)
-    assert closed != open_ and {r.data.source["world"].get("unsaid") for r in folders} == {None, 0.6}
+    found = {}
+    for world in ("closed", "open", "own"):
+        entry = contest.Entry("ladd", peers / "ladd.yaml", contest.in_world(world, peers / "ladd.yaml"))
+        recipe = entry.load()
+        found[world] = (recipe.teacher.path, entry.world().unsaid, recipe.method.teacher_samples.folder)
+    assert found["closed"] == ("tiny_wan", 0.0, "outputs/cache/bounce-train-closed-teacher")
+    assert found["open"] == found["own"] == ("tiny_wan_open", 0.6, "outputs/cache/bounce-train-open-teacher")
+
+
+def test_recipes_of_different_worlds_are_not_compared(contest):
+    recipes = BENCHMARKS.parent / "recipes"
+    entries = [contest.Entry(path, recipes / path) for path in ("quickstart.yaml", "peers/dmd2.yaml")]
+    with pytest.raises(contest.UserError, match="peers/dmd2.yaml and quickstart.yaml differ in teacher.path"):
+        contest.check_one_world(entries)
+    moved = [contest.Entry(e.name, e.recipe, contest.in_world("closed", e.recipe)) for e in entries]
+    contest.check_one_world(moved)
 
 
 def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
@@ -220,15 +288,30 @@ def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
     import quality
     import tuning
 
-    asked = argparse.Namespace(
-        recipe=quality.RECIPES / "quickstart.yaml", peers=quality.RECIPES / "peers", world="open", overrides=[]
-    )
+    asked = argparse.Namespace(recipe=None, peers=quality.RECIPES / "peers", world="open", overrides=[])
     every = quality.entries(asked)
     tried = {e.name: tuning.trials(e) for e in every if e.name in tuning.SPACES}
     assert set(tried) == {e.name for e in every} - {"priming", "equilibrium"}
     assert {len(each) for each in tried.values()} == {6}
     for each in tried.values():
         assert len({repr(trial.load()) for trial in each}) == 6
+
+
+def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import ablation
+
+    recipe = ablation.RECIPES / "tiny_open.yaml"
+    first, variants = ablation.plan(("priming", *ablation.STUDIES), recipe, (), "open")
+    assert [e.name for e in first] == ["VSD alone", "consistency alone"]
+    every = [e.name for entries in variants.values() for e in entries.values()]
+    # the recipe as it stands is in six studies of phase II, and once more with a phase I of its own
+    assert every.count("VSD") == 6 and variants["student"]["full"].name == "student full"
+    assert variants["r1"]["both"] is variants["judge"]["unified"] is variants["lambda"]["lambda 10"]
+    assert len(every) - len(set(every)) == 5
+    assert {ablation.start_of("priming", n) for n in variants["priming"]} == {"VSD alone", "consistency alone", None}
+    alone, variants = ablation.plan(("head",), recipe, (), "open")
+    assert [e.name for e in alone] == ["VSD alone"] and len({e.name for e in variants["head"].values()}) == 3
 
 
 def _runs(*values: float) -> list[dict]:
@@ -288,32 +371,37 @@ def test_methods_are_trained_judged_and_set_beside_the_teacher_and_not_twice(fol
     shutil.copytree(BENCHMARKS, checkout, ignore=shutil.ignore_patterns("results", "__pycache__"))
     (checkout / "results").mkdir()
     command = [sys.executable, str(checkout / "quality.py"), "--recipe", str(folder / "vpae.yaml"), "--peers"]
-    command += [str(folder / "peers"), "--methods", "vpae", "lcm", "--world", "closed", "--seeds", "0"]
+    command += [str(folder / "peers"), "--methods", "vpae", "lcm", "--world", "own", "--seeds", "0"]
     command += ["--clips", "2", "--ranks", "1"]
     command += ["--root", str(folder / "jobs"), "--equal", "clips"]
     where = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert done.returncode == 0, done.stderr[-3000:]
-    document = json.loads((checkout / "results" / "quality_closed_validation.json").read_text())
+    document = json.loads((checkout / "results" / "quality_own_validation.json").read_text())
     table = document["tables"]["clips"]
     consistency = ["method.consistency.student_steps=17", "method.consistency.ema_decay=0.7058"]
     # (1 + 2) turns x 3 steps + (1 + 1) turns x 4 steps, four clips each; a consistency step is one turn
     assert table["budget"] == 68 and table["settings"]["lcm"] == consistency
     assert set(table["rows"]) == {"vpae 1 NFE", "vpae 4 NFE", "lcm 1 NFE", "lcm 4 NFE"}
     assert document["bars"]["clips"]["best_peer"] == "lcm"
-    row = table["jobs"]["vpae"][0]
+    stored = json.loads((checkout / "results" / "quality_own_validation_jobs.json").read_text())
+    assert [job["name"] for job in stored["jobs"]] == ["vpae", "lcm"] and len(stored["costs"]) == 2
+    row = stored["jobs"][0]
     assert row["peak_bytes"] > 1e8 and row["seconds_training"] > 0 and row["rows"]["1 NFE"]["diversity"] > 0
     assert np.isfinite(row["rows"]["1 NFE"]["values"]["mean"])
-    assert "<svg" in (checkout / "results" / "quality_closed_validation_clips.svg").read_text()
+    assert "<svg" in (checkout / "results" / "quality_own_validation_clips.svg").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
     assert again.returncode == 0 and "== vpae" not in again.stdout
     shutil.rmtree(folder / "jobs")  # another day: costs, so steps, and jobs are in the result
-    sheet = (checkout / "results" / "quality_closed_validation_clips.png").stat().st_mtime_ns
+    sheet = (checkout / "results" / "quality_own_validation_clips.png").stat().st_mtime_ns
     later = subprocess.run(command, capture_output=True, text=True, timeout=900, **where)
-    assert later.returncode == 0 and "2 jobs taken from" in later.stdout and "== vpae" not in later.stdout
-    kept = json.loads((checkout / "results" / "quality_closed_validation.json").read_text())
+    assert (
+        later.returncode == 0 and "2 of 2 jobs are of an earlier day" in later.stdout and "== vpae" not in later.stdout
+    )
+    kept = json.loads((checkout / "results" / "quality_own_validation.json").read_text())
     assert kept["tables"] == document["tables"] and kept["costs"] == document["costs"]
-    assert sheet == (checkout / "results" / "quality_closed_validation_clips.png").stat().st_mtime_ns
+    assert sheet == (checkout / "results" / "quality_own_validation_clips.png").stat().st_mtime_ns
+    assert "stays as it is: no videos here of vpae, lcm" in later.stdout
     final = subprocess.run([*command, "--final"], capture_output=True, text=True, timeout=900, **where)
     assert final.returncode == 0, final.stderr[-3000:]
     other = [*command, "--final", "--set", "evaluate.seed=1"]

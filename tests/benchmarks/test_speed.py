@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,21 @@ def test_a_teacher_timed_for_a_part_of_its_steps_is_told_as_if_it_had_taken_all(
     whole = latency.Request(SimpleNamespace(device="cpu"), steps=50, guided=True)
     whole.marks = request.marks
     assert whole.seconds(SimpleNamespace(between=lambda a, b: b - a))["denoise"] == [4, 1]
+
+
+def test_a_teacher_timed_for_a_part_of_its_steps_takes_no_more(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import latency
+
+    asked = []
+    role = SimpleNamespace(guided_velocity=lambda x, t, *_: asked.append(float(t)) or torch.zeros_like(x))
+    pipeline = SimpleNamespace(scheduler=None)
+    subject = SimpleNamespace(device=torch.device("cpu"), role=role, shape=SimpleNamespace(guidance=5.0))
+    subject.encoders = SimpleNamespace(pipeline=pipeline)
+    monkeypatch.setattr(latency, "euler_sigmas", lambda _, steps: torch.linspace(1, 0, steps + 1))
+    condition = SimpleNamespace(latent=torch.zeros(1, 2, 1, 2, 2), null=lambda _: None)
+    latency.Request(subject, steps=50, guided=True, timed_steps=2).denoise(condition, None)
+    assert asked == pytest.approx([1.0, 0.98])
 
 
 def test_a_turn_computes_no_more_than_a_bare_loop_over_diffusers(micro_recipe, tmp_path):

@@ -126,12 +126,12 @@ def test_clips_of_a_shape_the_model_does_not_take_are_refused_before_any_is_enco
 
 
 def test_a_file_system_without_locks_is_no_reason_to_stop(data, monkeypatch, capsys):
-    from vpae.data import cache as module
+    from vpae.data import locking
 
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    monkeypatch.setattr(locking.fcntl, "flock", refuse)
     assert len(prepare(data.data, Encoders(data.teacher.path), start())) == 5
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
 

@@ -12,12 +12,9 @@ and refuse nothing by themselves; see :mod:`vpae.data.versions`.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +29,7 @@ from torch.nn import functional as F
 from vpae.conditioning import Kind, condition_of
 from vpae.data.encoders import Encoders
 from vpae.data.generate import teacher_fingerprint
+from vpae.data.locking import alone
 from vpae.data.manifest import fault, holds
 from vpae.data.pictures import TeacherSource
 from vpae.data.shards import (
@@ -154,7 +152,7 @@ def prepare(data: Data, encoders: Encoders, processes: Processes) -> Cache:
     check_shape(source.shape, encoders)
     check_pictures(source, encoders)
     wanted = processes.from_main(lambda: expected(data, source, encoders))
-    with _alone(folder, processes):
+    with alone(lambda: _lock_file(folder), f"the cache {folder}", processes):
         missing = processes.agree([not (folder / MANIFEST).is_file()])[0]
         if missing:
             clips = clips_per_shard(source.shape, len(source), encoders)
@@ -177,24 +175,6 @@ def find(data: Data, encoders: Encoders, processes: Processes) -> Cache:
         raise UserError(f"{folder} holds no finished cache; build it with vpae cache and the recipe, without --check")
     source = open_source(data.source)
     return open_cache(folder, processes.from_main(lambda: expected(data, source, encoders)), processes)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, processes: Processes) -> Iterator[None]:
-    """Let one run at a time look at and build a cache folder; another that wants it waits."""
-    lock = processes.together(lambda: _lock_file(folder), main_only=True)
-    if lock is None:
-        yield
-        return
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run that is using the cache {folder} ...", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems have no locks
-            print(f"the cache {folder} cannot be locked ({error.strerror}): let one run build it at a time", flush=True)
-        yield
 
 
 def _lock_file(folder: Path) -> TextIO | None:

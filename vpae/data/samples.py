@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from vpae.data.cache import Cache
 from vpae.data.encoders import Encoders, load_transformer
+from vpae.data.locking import alone
 from vpae.draws import Draws, seed_of
 from vpae.engine.parallel import Processes
 from vpae.errors import UserError
@@ -33,7 +35,8 @@ from vpae.roles import Role
 from vpae.runs import first_difference
 from vpae.sampling import euler_scheduler, sample_latents
 
-_MANIFEST, _REVISION = "manifest.json", 1
+_MANIFEST, _LOCK, _REVISION = "manifest.json", "lock", 1
+_OURS = re.compile(r"\.?samples-.*|\.?manifest\.json.*|lock")  # with a dot: drafts
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,16 @@ def prepare_samples(recipe: Peer, cache: Cache, encoders: Encoders, processes: P
         "shift": float(euler_scheduler(encoders.pipeline.scheduler).config.shift),
         **{key: value for key, value in to_plain(settings).items() if key != "folder"},
     }
-    processes.together(lambda: _check_folder(folder, wanted), main_only=True)
-    files = range(-(-settings.count // settings.batch))
-    mine = files[processes.rank :: processes.size]
-    processes.together(lambda: _make(recipe, settings, folder, wanted, mine, cache, encoders, processes))
-    parts = processes.gather(
-        processes.together(lambda: {_file(folder, k).name: sha256(_file(folder, k)) for k in mine})
-    )
-    hashes = {name: hashed for part in parts for name, hashed in sorted(part.items())}
-    processes.together(lambda: _sign(folder, wanted, hashes), main_only=True)
+    with alone(lambda: _lock_file(folder), f"the teacher's clips in {folder}", processes):
+        processes.together(lambda: _check_folder(folder, wanted), main_only=True)
+        files = range(-(-settings.count // settings.batch))
+        mine = files[processes.rank :: processes.size]
+        processes.together(lambda: _make(recipe, settings, folder, wanted, mine, cache, encoders, processes))
+        parts = processes.gather(
+            processes.together(lambda: {_file(folder, k).name: sha256(_file(folder, k)) for k in mine})
+        )
+        hashes = {name: hashed for part in parts for name, hashed in sorted(part.items())}
+        processes.together(lambda: _sign(folder, wanted, hashes), main_only=True)
     return TeacherSamples(cache, folder, settings.batch, settings.count, digest(wanted))
 
 
@@ -101,15 +105,33 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"samples-{number:05d}.safetensors"
 
 
+def _mend(folder: Path) -> str:
+    return f"remove {folder} to make them anew, or name another method.teacher_samples.folder"
+
+
+def _lock_file(folder: Path) -> TextIO | None:
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    if foreign := [name for name in names if not _OURS.fullmatch(name)]:
+        raise UserError(f"{folder} holds {foreign[0]} and no clips of the teacher; {_mend(folder)}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / _LOCK).open("a")
+    except OSError as error:
+        if (folder / _MANIFEST).is_file():
+            return None  # finished and on a read-only disk: there is nothing to guard
+        mend = "name another method.teacher_samples.folder"
+        raise UserError(f"cannot write the teacher's clips into {folder}: {error.strerror}; {mend}") from None
+
+
 def _check_folder(folder: Path, wanted: dict[str, Any]) -> None:
-    """What stands in the folder must be ours, of the same fingerprint."""
-    mend = f"remove {folder} to make them anew, or name another method.teacher_samples.folder"
-    for file in sorted(folder.glob("*")) if folder.is_dir() else ():
-        if file.name.startswith((".samples-", f".{_MANIFEST}")):  # a kill left it half written
+    """What stands in the folder must be of the same fingerprint."""
+    mend = _mend(folder)
+    for file in sorted(folder.glob("*")):
+        if file.name == _LOCK:
+            continue
+        if file.name.startswith("."):  # a kill left it half written
             file.unlink()
             continue
-        if file.name != _MANIFEST and not file.name.startswith("samples-"):
-            raise UserError(f"{folder} holds {file.name} and no clips of the teacher; {mend}")
         found = _fingerprint_in(file)
         difference = first_difference(found, wanted, places=("there", "in the recipe")) if found else ""
         if difference:
