@@ -194,10 +194,13 @@ def claimed(lock: Path, *, wait: bool = False) -> Iterator[bool]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-            return
+            if not wait:
+                yield False
+                return
+            print(f"waiting for another process: {lock.stem}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(f"{lock} cannot be locked ({error.strerror}): name a --root on another disk") from None
         _held.append(handle.fileno())
