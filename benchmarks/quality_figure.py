@@ -84,6 +84,7 @@ def _axes(place, ticks: list[int], low: float, high: float, bottom: float):
         yield f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{evaluations}</text>'
         yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" stroke="#d8dee4"/>'
     middle = (_LEFT + right) / 2
-    yield f'<text x="{middle:.0f}" y="{_HEIGHT - 12}" text-anchor="middle">network evaluations (NFE); students stand side by side around theirs</text>'
+    label = "network evaluations (NFE); students stand side by side around theirs"
+    yield f'<text x="{middle:.0f}" y="{_HEIGHT - 12}" text-anchor="middle">{label}</text>'
     turned = f'transform="translate(16 {_HEIGHT / 2:.0f}) rotate(-90)"'
     yield f'<text {turned} text-anchor="middle">mean of SA, TC, FQ</text>'
