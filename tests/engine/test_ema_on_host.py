@@ -12,6 +12,7 @@ from vpae.errors import UserError
 from vpae.models import preflight
 
 
+@pytest.mark.slow
 def test_shards_in_host_memory_give_the_same_numbers(vpae, micro_recipe, tmp_path):
     """Two ranks; in phase II its blocks judge, with a gradient through them."""
     micro_recipe["priming"]["student_steps"], micro_recipe["equilibrium"]["student_steps"] = 1, 2

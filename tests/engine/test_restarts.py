@@ -67,7 +67,8 @@ def test_a_killed_rank_costs_nothing_but_time(micro_recipe, tmp_path, launcher):
         assert turns == [line["turn"] for line in read_log(tmp_path / "whole" / phase / "log.jsonl")]
 
 
-def test_a_mistake_is_told_and_not_tried_again(micro_recipe, tmp_path):
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "ours"])
+def test_a_mistake_is_told_and_not_tried_again(micro_recipe, tmp_path, launcher):
     """A folder that held a run before may not be gone on with because torchrun starts the ranks a second time."""
     recipe = write_recipe(micro_recipe, tmp_path / "r.yaml")
     held = tmp_path / "run" / "priming" / "checkpoints" / "step-00000001"
@@ -75,16 +76,16 @@ def test_a_mistake_is_told_and_not_tried_again(micro_recipe, tmp_path):
     (held / "state.json").write_text("{}")
     (tmp_path / "run" / "recipe.yaml").write_text(recipe.read_text())
     command = ["-m", "vpae", "distill", recipe, "--output", tmp_path / "run"]
-    for start, told in (
-        ([*TORCHRUN, "--max-restarts", 3, *command], 2),  # when it was found, and by the last attempt
-        ([sys.executable, *command, "--ranks", 2, "--max-restarts", 3], 1),
-    ):
-        run = _start(*start)
-        out, err = run.communicate(timeout=240)
-        lines = [line for line in err.splitlines() if line.startswith("error:")]
-        assert run.returncode != 0 and len(lines) == told, err[-2000:]
-        assert all("already holds this run; go on with --resume" in line for line in lines)
-        assert "Traceback" not in err or told == 2  # torchrun's own, of its last attempt
+    start, told = {
+        "torchrun": ([*TORCHRUN, "--max-restarts", 3, *command], 2),  # when it was found, and by the last attempt
+        "ours": ([sys.executable, *command, "--ranks", 2, "--max-restarts", 3], 1),
+    }[launcher]
+    run = _start(*start)
+    out, err = run.communicate(timeout=240)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert run.returncode != 0 and len(lines) == told, err[-2000:]
+    assert all("already holds this run; go on with --resume" in line for line in lines)
+    assert "Traceback" not in err or told == 2  # torchrun's own, of its last attempt
     assert [p.name for p in held.parents[1].rglob("*") if p.is_file()] == ["state.json"]
 
 
