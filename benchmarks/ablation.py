@@ -104,6 +104,13 @@ STUDIES = {
 _FIRST = ("VSD alone", "consistency alone")  # phases I that phase II goes on from
 
 
+def start_of(study: str, name: str) -> str | None:
+    """The phase I that a variant's phase II goes on from; None where it has its own, or none."""
+    if study == "priming":
+        return {"VSD": _FIRST[0], "consistency": _FIRST[1]}.get(name)
+    return None if STUDIES[study].whole else _FIRST[0]
+
+
 def plan(
     studies: Sequence[str], recipe: Path, overrides: tuple[str, ...], world: str
 ) -> tuple[list[Entry], dict[str, dict[str, Entry]]]:
@@ -161,13 +168,6 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=("priming", *STUDIES), default=("priming", *STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     carry_out(run, parser)
-
-
-def start_of(study: str, name: str) -> str | None:
-    """The phase I that a variant's phase II goes on from; None where it has its own, or none."""
-    if study == "priming":
-        return {"VSD": _FIRST[0], "consistency": _FIRST[1]}.get(name)
-    return None if STUDIES[study].whole else _FIRST[0]
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from contest import (
     RECIPES,
     Entry,
     carry_out,
+    check_one_world,
     command_line,
     measure_costs,
     on_budget,
@@ -123,10 +124,9 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     every = {e.name: e for e in entries(arguments)}
-    vpae, options = (
-        every["vpae"],
-        {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips, "steps": (1,)},
-    )
+    vpae = every["vpae"]
+    check_one_world([vpae, *(every[method] for method in arguments.methods)])
+    options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips, "steps": (1,)}
     about = {"benchmark": "tuning", "set": list(arguments.overrides)}
     about |= {key: getattr(arguments, key) for key in ("world", "seed", "clips", "ranks", "minutes")}
     about |= {} if arguments.minutes else {"budget_of": digest(vpae.load())}
