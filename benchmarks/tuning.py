@@ -61,8 +61,8 @@ _EMA = "method.consistency.target=ema"
 SPACES: dict[str, list[Overrides]] = {
     "vpae": [
         (),
-        ("priming.fake_per_student=4", "priming.student_optimiser.learning_rate=4.0e-4"),
-        ("priming.student_optimiser.learning_rate=1.0e-3",),
+        ("priming.fake_per_student=4", "priming.student_optimiser.learning_rate=6.0e-4"),
+        ("priming.student_time.low=0.9",),
         ("equilibrium.student_optimiser.learning_rate=1.0e-4",),
         ("equilibrium.head_per_student=1",),
         ("equilibrium.sds.weight=1",),

@@ -297,6 +297,45 @@ def test_every_method_has_as_many_trials_as_any_other(monkeypatch):
         assert len({repr(trial.load()) for trial in each}) == 6
 
 
+@pytest.fixture
+def explore(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import explore
+
+    return explore
+
+
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "trials").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_listed_trial_is_a_recipe_of_its_own(explore, file, tmp_path):
+    import quality
+
+    asked = argparse.Namespace(recipe=None, peers=quality.RECIPES / "peers", world="open", overrides=[])
+    trials, names = explore.read_trials(file), []
+    tried = explore.as_entries(trials, quality.entries(asked), tmp_path)
+    explore.check_one_world(list(tried.values()))
+    for name, entry in tried.items():
+        start = getattr(entry.load(), "priming_run", None)
+        assert start is None or Path(start).name.removesuffix("-seed0") in names, "a run that stands before it"
+        names.append(name)
+    assert len({repr((entry.load(), trials[name]["minutes"])) for name, entry in tried.items()}) == len(names)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("[", "can't be read as a list of trials"),
+        ("", "holds no trials"),
+        ("a: {of: dmd2, minutes: 4}", "trial a wants set"),
+        ("a: {of: dmd2, minutes: soon, set: []}", "trial a wants minutes"),
+        ("a: 4", "trial a wants of"),
+    ],
+)
+def test_a_list_of_trials_says_what_is_wrong_with_it(explore, tmp_path, words, says):
+    (tmp_path / "trials.yaml").write_text(words)
+    with pytest.raises(explore.UserError, match=says):
+        explore.read_trials(tmp_path / "trials.yaml")
+
+
 def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import ablation
@@ -308,7 +347,8 @@ def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
     # the recipe as it stands is in six studies of phase II, and once more with a phase I of its own
     assert every.count("VSD") == 6 and variants["student"]["full"].name == "student full"
     assert variants["r1"]["both"] is variants["judge"]["unified"] is variants["lambda"]["lambda 10"]
-    assert len(every) - len(set(every)) == 5
+    assert variants["student time"]["from 0.99"].name == "student full"
+    assert len(every) - len(set(every)) == 6
     assert {ablation.start_of("priming", n) for n in variants["priming"]} == {"VSD alone", "consistency alone", None}
     alone, variants = ablation.plan(("head",), recipe, (), "open")
     assert [e.name for e in alone] == ["VSD alone"] and len({e.name for e in variants["head"].values()}) == 3
