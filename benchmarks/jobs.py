@@ -263,6 +263,7 @@ def run_jobs(
     steps: Sequence[int] = (1, 4),
     wait: bool = True,
     known: Sequence[dict[str, Any]] = (),
+    begin: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Train and judge every entry under every seed; what is finished is taken as it is.
 
@@ -273,9 +274,17 @@ def run_jobs(
         steps: of the student's sampler, each judged as a row of its own.
         wait: for jobs that another process has under way; otherwise they are left out.
         known: jobs of an earlier day, without their weights.
+        begin: what is not finished; otherwise it is left out.
     """
-    options = {"ranks": ranks, "split": split, "clips": clips, "steps": steps, "known": known}
     asked = {f"{e.name}-seed{seed}": (e, seed) for seed, e in itertools.product(seeds, entries)}
+    if not begin:
+        found: dict[str, list[dict[str, Any]]] = {e.name: [] for e in entries}
+        for name, (entry, seed) in asked.items():
+            about = _about(entry, _overrides(settings[entry.name], seed), split, clips)
+            if kept := _kept(about, result_file(root / name, split, clips), known, steps):
+                found[entry.name].append(kept)
+        return found
+    options = {"ranks": ranks, "split": split, "clips": clips, "steps": steps, "known": known}
     tasks = {
         name: functools.partial(_job, entry, seed, root / name, settings[entry.name], **options)
         for name, (entry, seed) in asked.items()
@@ -284,6 +293,26 @@ def run_jobs(
     for name in share(tasks, root, wait=wait):
         done[asked[name][0].name].append(json.loads(result_file(root / name, split, clips).read_text()))
     return done
+
+
+def _overrides(settings: tuple[str, ...], seed: int) -> tuple[str, ...]:
+    return (*(setting.replace("{seed}", str(seed)) for setting in settings), f"seed={seed}")
+
+
+def _about(entry: Entry, own: tuple[str, ...], split: str, clips: int) -> dict[str, Any]:
+    """What a job's result must say of itself to be this one's."""
+    return {"recipe": job_digest(entry.load(*own)), "split": split, "clips": clips}
+
+
+def _kept(
+    about: dict[str, Any], file: Path, known: Sequence[dict[str, Any]], steps: Sequence[int]
+) -> dict[str, Any] | None:
+    """The job's result, if it is in its file or known from an earlier day."""
+    here = [json.loads(file.read_text())] if file.is_file() else []
+    for kept in (*here, *known):
+        if about.items() <= kept.items() and ("failed" in kept or {f"{n} NFE" for n in steps} <= set(kept["rows"])):
+            return kept
+    return None
 
 
 def _job(
@@ -298,17 +327,14 @@ def _job(
     steps: Sequence[int],
     known: Sequence[dict[str, Any]],
 ) -> None:
-    own = (*(setting.replace("{seed}", str(seed)) for setting in settings), f"seed={seed}")
-    digest, file = job_digest(entry.load(*own)), result_file(folder, split, clips)
-    asked = {"recipe": digest, "split": split, "clips": clips}
-    here = [json.loads(file.read_text())] if file.is_file() else []
-    for kept in (*here, *known):
-        if asked.items() <= kept.items() and ("failed" in kept or {f"{n} NFE" for n in steps} <= set(kept["rows"])):
-            set_aside(folder, digest)
-            write_json(file, kept)
-            return
+    own, file = _overrides(settings, seed), result_file(folder, split, clips)
+    asked = _about(entry, own, split, clips)
+    if kept := _kept(asked, file, known, steps):
+        set_aside(folder, asked["recipe"])
+        write_json(file, kept)
+        return
     print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
-    set_aside(folder, digest)
+    set_aside(folder, asked["recipe"])
     record = {"name": entry.name, "overrides": list(own), "seed": seed, "commit": commit()} | asked
     try:
         record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips, steps=steps)

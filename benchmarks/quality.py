@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --seeds 0 1 2 3 4                 # validation split: for choosing settings
     python benchmarks/quality.py --seeds 0 1 2 3 4 --final         # test split, once
+    python benchmarks/quality.py --done                            # tables of the jobs that are done so far
     python benchmarks/quality.py --lines --world open              # the teacher alone
 
 Each (table, method, seed) is a job of its own under outputs/benchmarks/quality/, trained with checkpoints: give the
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="of training; default: what V-PAE's recipe takes")
     parser.add_argument("--clips-seen", type=float, help="default: what V-PAE's recipe sees")
     parser.add_argument("--final", action="store_true", help="judge on the test split")
+    parser.add_argument("--done", action="store_true", help="tables of the jobs that are done so far; train none")
     parser.add_argument("--lines", action="store_true", help="judge the teacher alone: how far its lines lie apart")
     parser.add_argument("--because", help="why the test split is looked at again")
     carry_out(run, parser)
@@ -195,8 +197,9 @@ def run(arguments: argparse.Namespace) -> None:
         budget = given or whole_cost(vpae, costs["vpae"], equal)
         settings = {e.name: on_budget(e, costs[e.name], equal, budget) for e in chosen}
         root, options = arguments.root / f"equal-{equal}", {"ranks": arguments.ranks, "split": split}
-        options |= {"clips": arguments.clips, "known": before["jobs"]}
+        options |= {"clips": arguments.clips, "known": before["jobs"], "begin": not arguments.done}
         jobs = run_jobs(chosen, arguments.seeds, root, settings, **options)
+        jobs = {name: js for name, js in jobs.items() if js}
         done = list(itertools.chain(*jobs.values()))
         store(f"{name}_jobs", costs, done, arguments.root)
         if old := sum(job in before["jobs"] for job in done):
@@ -208,8 +211,9 @@ def run(arguments: argparse.Namespace) -> None:
         print_table("what it took", found, took)
         trained[equal] = jobs
         tables[equal] = {"budget": budget, "settings": settings, "rows": found}
+        tables[equal]["seeds"] = {name: [job["seed"] for job in js] for name, js in jobs.items()}
         tables[equal]["commits"] = sorted({job["commit"] for job in done})
-        first = {e.name: root / f"{e.name}-seed{arguments.seeds[0]}" for e in chosen if "failed" not in jobs[e.name][0]}
+        first = {n: root / f"{n}-seed{js[0]['seed']}" for n, js in jobs.items() if "failed" not in js[0]}
         shown = {n: result_file(job, split, arguments.clips).with_suffix(".npz") for n, job in first.items()}
         _sheet(RESULTS / f"{name}_{equal}.png", shown, videos, clips_of(vpae.world(), split, 8))
         title = f"{arguments.world} world, {split} split, equal {equal}"

@@ -250,6 +250,16 @@ def test_a_run_that_was_interrupted_is_no_result(jobs, one_job, folder, capfd):
     assert set(one_job("trained, not yet judged so", 0, 9, (1, 4))["rows"]) == {"1 NFE", "4 NFE"}
 
 
+def test_what_is_done_can_be_set_side_by_side_without_training(one_job, folder):
+    with pytest.raises(IndexError):
+        one_job("never run", 1, 0, begin=False)
+    done = one_job("done", 0, 9)
+    assert one_job("not run again", 1, 0, begin=False) == done
+    for file in (folder / "root").glob("*.json"):
+        file.unlink()
+    assert one_job("of an earlier day", 1, 0, begin=False, known=[done]) == done
+
+
 def test_a_run_that_diverged_is_kept_as_that_and_is_in_no_mean(contest, one_job):
     lost = one_job("error: turn 5: loss or gradient is not finite on at least one rank", 2, 4)
     assert "failed with status 2" in lost["failed"] and lost == one_job("not run again", 1, 0)
