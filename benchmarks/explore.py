@@ -4,9 +4,10 @@
 
 The list is a YAML of ``name: {of: METHOD, minutes: M, set: [key=value, ...]}``, in the order in which they were thought
 of: METHOD is an entry of ``quality.py``, its recipe under the overrides is trained for that long with one seed and
-judged at 1 NFE on the validation split. ``{root}`` in an override is the folder of jobs, so that a trial of phase II
-can start from another's phase I (``priming_run={root}/NAME-seed0``), which then stands before it. Give it again after a
-stop, or several times at once, as for quality.py. Writes benchmarks/results/exploration_NAME.json.
+judged at 1 NFE on the validation split. ``{root}`` in an override is the folder of jobs and ``{seed}`` the seed, so
+that a trial of phase II can start from another's phase I (``priming_run={root}/NAME-seed{seed}``), which then stands
+before it. Give it again after a stop, or several times at once, as for quality.py. Writes
+benchmarks/results/exploration_NAME.json.
 """
 
 from __future__ import annotations
@@ -36,45 +37,59 @@ from quality import entries, pick
 
 from vpae.errors import UserError
 
-_KEYS = {"of": str, "minutes": (int, float), "set": list}
+_KEYS = ("of", "minutes", "set")
 
 
 def read_trials(file: Path) -> dict[str, dict[str, Any]]:
     """A list of trials by name.
 
     Raises:
-        UserError: it is no YAML, or a trial lacks a key or has one of another kind.
+        UserError: it is no YAML, or a trial lacks a key, has one too many, or one that can't be.
     """
     try:
-        trials = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        trials = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} can't be read as a list of trials: {error}") from None
     if not isinstance(trials, dict) or not trials:
         raise UserError(f"{file} holds no trials: it wants `name: {{of: METHOD, minutes: M, set: [key=value, ...]}}`")
     for name, trial in trials.items():
-        found = trial if isinstance(trial, dict) else {}
-        for key, kind in _KEYS.items():
-            if not isinstance(found.get(key), kind):
-                raise UserError(f"{file}: trial {name} wants {key}, one of {', '.join(_KEYS)}; it has {trial}")
+        where = f"{file}: trial {name}"
+        if not isinstance(name, str) or "/" in name:
+            raise UserError(f"{where}: a name is a word without a slash, since its run's folder is called so")
+        if not isinstance(trial, dict) or set(trial) != set(_KEYS):
+            raise UserError(f"{where} is {trial!r}; write {{of: METHOD, minutes: M, set: [key=value, ...]}}")
+        if not isinstance(trial["of"], str):
+            raise UserError(f"{where}: of is {trial['of']!r}; write a method of quality.py, e.g. of: dmd2")
+        minutes = trial["minutes"]
+        if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < float("inf"):
+            raise UserError(f"{where}: minutes is {minutes!r}; write a number above 0, e.g. minutes: 4")
+        if not isinstance(trial["set"], list) or not all(isinstance(o, str) and "=" in o for o in trial["set"]):
+            raise UserError(f"{where}: set is {trial['set']!r}; write overrides, e.g. set: [engine.global_batch=16]")
     return trials
 
 
-def as_entries(trials: dict[str, dict[str, Any]], every: list[Entry], root: Path) -> dict[str, Entry]:
+def as_entries(trials: dict[str, dict[str, Any]], every: list[Entry], root: Path, seed: int) -> dict[str, Entry]:
     """The trials as entries of their methods.
 
     Raises:
-        UserError: a trial is of no entry of ``every``.
+        UserError: a trial is of no entry of ``every``, or starts from the run of one that does not stand before it.
     """
-    tried = {}
+    tried: dict[str, Entry] = {}
     for name, trial in trials.items():
-        (of,) = pick(every, [trial["of"]])
-        own = (str(override).replace("{root}", str(root)) for override in trial["set"])
+        try:
+            (of,) = pick(every, [trial["of"]])
+        except UserError as error:
+            raise UserError(f"trial {name}: of: {error}") from None
+        own = [override.replace("{root}", str(root)).replace("{seed}", str(seed)) for override in trial["set"]]
+        starts = [o for o in own if o.startswith(f"priming_run={root}/")]
+        if strange := [o for o in starts if o not in {_start(root, before, seed) for before in tried}]:
+            raise UserError(f"trial {name}: {strange[0]} is the run of no trial before it: {', '.join(tried)}")
         tried[name] = Entry(name, of.recipe, (*of.overrides, *own))
     return tried
 
 
-def _start(root: Path, name: str) -> str:
-    return f"priming_run={root}/{name}-seed"
+def _start(root: Path, name: str, seed: int) -> str:
+    return f"priming_run={root}/{name}-seed{seed}"
 
 
 def main() -> None:
@@ -88,7 +103,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     trials, every, root = read_trials(arguments.trials), entries(arguments), arguments.root
-    tried = as_entries(trials, every, root)
+    tried = as_entries(trials, every, root, arguments.seed)
     check_one_world(list(tried.values()))
     options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips, "steps": (1,)}
     known = stored(f"quality_{arguments.world}_validation_jobs")["costs"]
@@ -97,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, entry in tried.items():  # one by one: a trial may start from the run of one before it
         cost = measure_costs([entry], root, arguments.ranks, known)[name]
         settings[name] = on_budget(entry, cost, "seconds", 60 * trials[name]["minutes"])
-        started_from = any(_start(root, name) in override for e in tried.values() for override in e.overrides)
+        started_from = any(_start(root, name, arguments.seed) in e.overrides for e in tried.values())
         run_jobs([entry], [arguments.seed], root, settings, wait=started_from, **options)
     for entry in tried.values():
         jobs |= run_jobs([entry], [arguments.seed], root, settings, **options)
@@ -105,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     print_table("trials", rows, (*COLUMNS, "training_minutes", "percent_of_budget", "diverged"))
     about = {key: getattr(arguments, key) for key in ("world", "seed", "clips", "ranks")}
     written = {
-        n: trials[n] | {"steps": list(settings[n]), "row": rows[n], "commit": jobs[n][0]["commit"]} for n in tried
+        n: trials[n] | {"settings": list(settings[n]), "row": rows[n], "commit": jobs[n][0]["commit"]} for n in tried
     }
     name = f"exploration_{arguments.trials.stem}"
     write_result(name, {"benchmark": "explore", "set": list(arguments.overrides)} | about | {"trials": written})

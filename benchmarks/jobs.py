@@ -274,7 +274,7 @@ def run_jobs(
         steps: of the student's sampler, each judged as a row of its own.
         wait: for jobs that another process has under way; otherwise they are left out.
         known: jobs of an earlier day, without their weights.
-        begin: what is not finished; otherwise it is left out.
+        begin: train and judge what is not finished; False: leave it out.
     """
     asked = {f"{e.name}-seed{seed}": (e, seed) for seed, e in itertools.product(seeds, entries)}
     if not begin:

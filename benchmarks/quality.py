@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --seeds 0 1 2 3 4                 # validation split: for choosing settings
     python benchmarks/quality.py --seeds 0 1 2 3 4 --final         # test split, once
-    python benchmarks/quality.py --done                            # tables of the jobs that are done so far
+    python benchmarks/quality.py --done                            # with a run's options: tables of what is done so far
     python benchmarks/quality.py --lines --world open              # the teacher alone
 
 Each (table, method, seed) is a job of its own under outputs/benchmarks/quality/, trained with checkpoints: give the
@@ -33,6 +33,7 @@ from contest import (
     carry_out,
     check_one_world,
     command_line,
+    cost_key,
     in_world,
     measure_costs,
     on_budget,
@@ -175,6 +176,8 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.final and arguments.done:
+        raise UserError("--final and --done exclude each other: the test split is looked at once, and as a whole")
     split = "test" if arguments.final else "validation"
     every = entries(arguments)
     vpae, chosen = every[0], pick(every, arguments.methods)
@@ -188,6 +191,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_one_world([vpae, *chosen])
     before = stored(f"{name}_jobs")
     measured = [vpae, *(e for e in chosen if e.name != "vpae")]
+    if arguments.done and (new := [e.name for e in measured if cost_key(e, arguments.ranks) not in before["costs"]]):
+        raise UserError(f"--done: {new[0]} was not yet run with --ranks {arguments.ranks} on this kind of machine")
     costs = measure_costs(measured, arguments.root, arguments.ranks, before["costs"])
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)
     lines = {name: _as_summary(row) for name, row in rows.items()}
@@ -200,6 +205,12 @@ def run(arguments: argparse.Namespace) -> None:
         options |= {"clips": arguments.clips, "known": before["jobs"], "begin": not arguments.done}
         jobs = run_jobs(chosen, arguments.seeds, root, settings, **options)
         jobs = {name: js for name, js in jobs.items() if js}
+        if not jobs:
+            raise UserError(
+                f"--done: no job of --equal {equal} is done with --minutes {arguments.minutes}, --clips "
+                f"{arguments.clips}, --clips-seen {arguments.clips_seen}, --ranks {arguments.ranks} and these recipes: "
+                "give the options that they were run with"
+            )
         done = list(itertools.chain(*jobs.values()))
         store(f"{name}_jobs", costs, done, arguments.root)
         if old := sum(job in before["jobs"] for job in done):

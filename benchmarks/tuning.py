@@ -9,9 +9,9 @@ trial of each goes into its recipe by hand, since a number in a recipe needs its
 at once, its processes share the trials. Jobs lie under outputs/benchmarks/tuning/. Writes
 benchmarks/results/tuning.json.
 
-V-PAE's recipe for the open world was found before, in runs of several lengths on the same clips
-(benchmarks/results/exploration_open.json). What they showed of learning rates (six times higher, and falling by a
-cosine) is in every method's space here.
+V-PAE's recipe for the open world was found in runs of several lengths on the same clips, before
+(benchmarks/results/exploration_open.json) and after this (exploration_open_second.json, by explore.py). What the first
+showed of learning rates (six times higher, and falling by a cosine) is in every method's space here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _FIRM = _rate(1e-5, "student", "head", schedule="constant")  # the rates of APT'
 _ONE = "method.head_per_student=1"
 _EMA = "method.consistency.target=ema"
 
-# Spelt out, the first of each as well: recipes take over what was best.
+# Spelt out, the first of each as well, since recipes take over what was best; V-PAE's are changes of its recipe.
 SPACES: dict[str, list[Overrides]] = {
     "vpae": [
         (),

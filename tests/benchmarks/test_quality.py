@@ -250,14 +250,40 @@ def test_a_run_that_was_interrupted_is_no_result(jobs, one_job, folder, capfd):
     assert set(one_job("trained, not yet judged so", 0, 9, (1, 4))["rows"]) == {"1 NFE", "4 NFE"}
 
 
-def test_what_is_done_can_be_set_side_by_side_without_training(one_job, folder):
-    with pytest.raises(IndexError):
-        one_job("never run", 1, 0, begin=False)
+def test_what_is_done_can_be_set_side_by_side_without_training(contest, jobs, one_job, folder):
+    entry = contest.Entry("vpae", folder / "vpae.yaml", ("equilibrium=null",))
+    settings = {"vpae": ("priming.student_steps=3",)}
+    asked = {"ranks": 1, "split": "validation", "clips": 2, "steps": (1,), "begin": False}
+
+    def found(**more) -> dict:
+        return jobs.run_jobs([entry], [0, 1], folder / "root", settings, **asked, **more)
+
+    assert found() == {"vpae": []}
     done = one_job("done", 0, 9)
-    assert one_job("not run again", 1, 0, begin=False) == done
+    assert found() == {"vpae": [done]}
     for file in (folder / "root").glob("*.json"):
         file.unlink()
-    assert one_job("of an earlier day", 1, 0, begin=False, known=[done]) == done
+    assert found(known=[done]) == {"vpae": [done]} and not list((folder / "root").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--final"], "--final and --done exclude each other"),
+        (["--ranks", "77"], "vpae was not yet run with --ranks 77"),
+    ],
+)
+def test_tables_of_what_is_done_train_nothing_and_look_at_no_test_split(monkeypatch, capsys, folder, options, says):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality
+
+    monkeypatch.setattr(quality, "RESULTS", folder / "results")
+    own = ["--world", "own", "--recipe", str(folder / "vpae.yaml"), "--peers", str(folder / "peers")]
+    monkeypatch.setattr("sys.argv", ["quality.py", "--done", *own, "--root", str(folder / "root"), *options])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert says in capsys.readouterr().err
+    assert not (folder / "root").exists() and not (folder / "results").exists()
 
 
 def test_a_run_that_diverged_is_kept_as_that_and_is_in_no_mean(contest, one_job):
@@ -320,14 +346,10 @@ def test_every_listed_trial_is_a_recipe_of_its_own(explore, file, tmp_path):
     import quality
 
     asked = argparse.Namespace(recipe=None, peers=quality.RECIPES / "peers", world="open", overrides=[])
-    trials, names = explore.read_trials(file), []
-    tried = explore.as_entries(trials, quality.entries(asked), tmp_path)
+    trials = explore.read_trials(file)
+    tried = explore.as_entries(trials, quality.entries(asked), tmp_path, 3)
     explore.check_one_world(list(tried.values()))
-    for name, entry in tried.items():
-        start = getattr(entry.load(), "priming_run", None)
-        assert start is None or Path(start).name.removesuffix("-seed0") in names, "a run that stands before it"
-        names.append(name)
-    assert len({repr((entry.load(), trials[name]["minutes"])) for name, entry in tried.items()}) == len(names)
+    assert len({repr((entry.load(), trials[name]["minutes"])) for name, entry in tried.items()}) == len(trials)
 
 
 @pytest.mark.parametrize(
@@ -335,15 +357,35 @@ def test_every_listed_trial_is_a_recipe_of_its_own(explore, file, tmp_path):
     [
         ("[", "can't be read as a list of trials"),
         ("", "holds no trials"),
-        ("a: {of: dmd2, minutes: 4}", "trial a wants set"),
-        ("a: {of: dmd2, minutes: soon, set: []}", "trial a wants minutes"),
-        ("a: 4", "trial a wants of"),
+        ("a: {of: dmd2, minutes: 4}", "trial a is .*write {of: METHOD"),
+        ("a: {of: dmd2, minutes: 4, set: [], more: 1}", "trial a is .*'more': 1"),
+        ("a: 4", "trial a is 4; write"),
+        ("a/b: {of: dmd2, minutes: 4, set: []}", "trial a/b: a name is a word without a slash"),
+        ("a: {of: 1, minutes: 4, set: []}", "trial a: of is 1; write a method"),
+        ("a: {of: dmd2, minutes: soon, set: []}", "minutes is 'soon'; write a number above 0"),
+        ("a: {of: dmd2, minutes: 0, set: []}", "minutes is 0; write"),
+        ("a: {of: dmd2, minutes: .nan, set: []}", "minutes is nan; write"),
+        ("a: {of: dmd2, minutes: 4, set: [seed: 1]}", "set is .*; write overrides"),
     ],
 )
 def test_a_list_of_trials_says_what_is_wrong_with_it(explore, tmp_path, words, says):
     (tmp_path / "trials.yaml").write_text(words)
     with pytest.raises(explore.UserError, match=says):
         explore.read_trials(tmp_path / "trials.yaml")
+
+
+def test_a_trial_starts_from_one_before_it(explore, tmp_path):
+    entry = explore.Entry("vpae", explore.RECIPES / "tiny_open.yaml")
+    first = {"of": "vpae", "minutes": 4, "set": []}
+    second = first | {"set": ["priming=null", "priming_run={root}/first-seed{seed}"]}
+    found = explore.as_entries({"first": first, "second": second}, [entry], tmp_path, 7)
+    assert found["second"].overrides[-1] == f"priming_run={tmp_path}/first-seed7"
+    with pytest.raises(
+        explore.UserError, match="trial second: priming_run=.*first-seed7 is the run of no trial before"
+    ):
+        explore.as_entries({"second": second, "first": first}, [entry], tmp_path, 7)
+    with pytest.raises(explore.UserError, match="trial odd: of: no method 'vpea'; there are vpae"):
+        explore.as_entries({"odd": first | {"of": "vpea"}}, [entry], tmp_path, 7)
 
 
 def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
