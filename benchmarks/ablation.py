@@ -50,11 +50,6 @@ def _law(kind: str = "uniform", low: float = 0.0, high: float = 0.98, shift: flo
     return "equilibrium.judge_time=" + _TIME.format(kind=kind, low=low, high=high, shift=shift)
 
 
-def _from(low: float) -> tuple[str, ...]:
-    """The times of phase I's student, from ``low`` to pure noise."""
-    return (f"priming.student_time.low={low}",)
-
-
 @dataclass(frozen=True)
 class Study:
     """Variants by name: overrides of the recipe. ``paper``: its order by ``measure``, best first; empty: none."""
@@ -103,7 +98,9 @@ STUDIES = {
         },
         whole=True,
     ),
-    "student time": Study({f"from {low}": _from(low) for low in (0.9, 0.97, 0.99, 1.0)}, whole=True),
+    "student time": Study(
+        {f"from {low}": (f"priming.student_time.low={low}",) for low in (0.9, 0.97, 0.99, 1.0)}, whole=True
+    ),
 }
 
 

@@ -286,6 +286,23 @@ def test_tables_of_what_is_done_train_nothing_and_look_at_no_test_split(monkeypa
     assert not (folder / "root").exists() and not (folder / "results").exists()
 
 
+def test_no_table_is_made_of_nothing(monkeypatch, capsys, contest, folder):
+    import quality
+
+    entry = contest.Entry("vpae", folder / "vpae.yaml")
+    known = {contest.cost_key(entry, 1): {"seconds": [1.0, 1.0], "clips": [8.0, 8.0]}}
+    monkeypatch.setattr(quality, "RESULTS", folder / "results")
+    monkeypatch.setattr(quality, "stored", lambda name: {"costs": known, "jobs": []})
+    monkeypatch.setattr(quality, "reference", lambda *_: ({}, []))
+    own = ["--world", "own", "--recipe", str(folder / "vpae.yaml"), "--peers", str(folder / "peers")]
+    own += ["--methods", "vpae", "--root", str(folder / "root"), "--ranks", "1", "--minutes", "7"]
+    monkeypatch.setattr("sys.argv", ["quality.py", "--done", *own])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "no job of --equal seconds is done with --minutes 7.0, --clips 64" in capsys.readouterr().err
+    assert not (folder / "results").exists()
+
+
 def test_a_run_that_diverged_is_kept_as_that_and_is_in_no_mean(contest, one_job):
     lost = one_job("error: turn 5: loss or gradient is not finite on at least one rank", 2, 4)
     assert "failed with status 2" in lost["failed"] and lost == one_job("not run again", 1, 0)
