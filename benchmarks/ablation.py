@@ -43,11 +43,11 @@ from jobs import run_jobs
 
 from vpae.recipe import digest
 
-_TIME = "{{kind: {kind}, low: {low}, high: {high}, shift: {shift}, mean: 0.0, std: 1.0}}"
+_TIME = "{{kind: {kind}, low: {low}, high: {high}, shift: {shift}, mean: {mean}, std: 1.0}}"
 
 
-def _law(kind: str = "uniform", low: float = 0.0, high: float = 0.98, shift: float = 1.0) -> str:
-    return "equilibrium.judge_time=" + _TIME.format(kind=kind, low=low, high=high, shift=shift)
+def _law(kind: str = "uniform", high: float = 0.98, shift: float = 1.0, mean: float = 0.0) -> str:
+    return "equilibrium.judge_time=" + _TIME.format(kind=kind, low=0.0, high=high, shift=shift, mean=mean)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ STUDIES = {
             "off": ("equilibrium.r1.weight=0",),
             "spatial alone": ("equilibrium.r1.temporal_sigma=0",),
             "temporal alone": ("equilibrium.r1.spatial_sigma=0",),
+            "both, weight 100": ("equilibrium.r1.weight=100",),  # APT's, where the paper has 1
         }
     ),
     "judge time": Study(
@@ -85,7 +86,7 @@ STUDIES = {
             "uniform": (_law(),),
             "shift 5": (_law(shift=5.0),),
             "below 0.5": (_law(high=0.5),),
-            "logit-normal": (_law(kind="logit_normal"),),
+            "logit-normal": (_law(kind="logit_normal", mean=1.0),),  # LADD's (arXiv 2403.12015)
         }
     ),
     "student": Study(
