@@ -8,21 +8,21 @@ Where phase I itself is studied, consistency distillation gets VSD's wall-clock 
 (recipes/peers/lcm.yaml). Jobs lie under outputs/benchmarks/ablation/; give the same command again after a stop, or
 several times at once, as for quality.py. Scores are of the validation split. Each study ends with whether the order
 found is the paper's (V-PAE, arXiv 2508.21019, table of ablations: TC for judge and head; where it gives no figures,
-that is said): seeds are compared in pairs, and a difference below two standard errors counts as none. Writes
+that is said): seeds are compared in pairs, and a difference below two standard errors counts as none. Beside every
+score stands by how much it is above the recipe's as it stands, and above phase I alone, in the same pairs. Writes
 benchmarks/results/ablation.json; studies of an earlier call on the same terms stay in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from contest import (
     COLUMNS,
     RECIPES,
@@ -35,6 +35,7 @@ from contest import (
     on_budget,
     ours,
     print_table,
+    spread,
     summary,
     whole_cost,
     write_part,
@@ -105,6 +106,7 @@ STUDIES = {
 }
 
 
+_COLUMNS = ("mean", "against_recipe", "against_phase_1", *(c for c in COLUMNS if c != "mean"))
 _FIRST = ("VSD alone", "consistency alone")  # phases I that phase II goes on from
 
 
@@ -151,20 +153,34 @@ def verdict(jobs: dict[str, list[dict[str, Any]]], paper: tuple[str, ...], measu
     if not paper:
         return "the paper gives no figures"
     said = []
-    for better, worse in pairwise(paper):
+    for better, worse in itertools.pairwise(paper):
         pairs = zip(jobs[better], jobs[worse], strict=True)
         whole = [(a["rows"], b["rows"]) for a, b in pairs if "failed" not in a and "failed" not in b]
-        gaps = [a["1 NFE"]["values"][measure] - b["1 NFE"]["values"][measure] for a, b in whole]
-        said.append(f"{better} over {worse}: {_word(gaps)}")
+        leads = [a["1 NFE"]["values"][measure] - b["1 NFE"]["values"][measure] for a, b in whole]
+        said.append(f"{better} over {worse}: {_word(leads)}")
     return f"{measure}: {'; '.join(said)}"
 
 
-def _word(gaps: list[float]) -> str:
-    if len(gaps) < 2:
+def _word(leads: list[float]) -> str:
+    if len(leads) < 2:
         return "too few seeds to tell"
-    gap, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / len(gaps) ** 0.5)
-    word = "no difference" if abs(gap) < 2 * error else "agree" if gap > 0 else "disagree"
-    return f"{word} ({gap:+.2f} ± {error:.2f})"
+    lead, error = spread(leads).values()
+    word = "no difference" if abs(lead) < 2 * error else "agree" if lead > 0 else "disagree"
+    return f"{word} ({lead:+.2f} ± {error:.2f})"
+
+
+def lead_over(jobs: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """By how much the mean score of runs is above that of others, in pairs of one seed; None where no pair is whole."""
+    pairs = [(a["rows"], b["rows"]) for a, b in zip(jobs, other, strict=True) if "rows" in a and "rows" in b]
+    return spread([a["1 NFE"]["values"]["mean"] - b["1 NFE"]["values"]["mean"] for a, b in pairs]) if pairs else None
+
+
+def as_it_stands(study: str, entries: dict[str, Entry], whole: Entry) -> str | None:
+    """The variant of a study that is the recipe itself; None where ``--set`` has moved it away from all."""
+    if study == "priming":
+        return "VSD"
+    stands = whole if STUDIES[study].whole else Entry("", whole.recipe, (*whole.overrides, "priming=null"))
+    return next((n for n, entry in entries.items() if digest(entry.load()) == digest(stands.load())), None)
 
 
 def main() -> None:
@@ -195,15 +211,23 @@ def run(arguments: argparse.Namespace) -> None:
     done |= run_jobs(list(later.values()), arguments.seeds, root, settings, **options)
     jobs = {study: {n: done[e.name] for n, e in entries.items()} for study, entries in variants.items()}
     about = {"benchmark": "ablation", "world": arguments.world, "seeds": arguments.seeds, "clips": arguments.clips}
-    about |= {"recipe": digest(Entry("vpae", recipe, overrides).load()), "ranks": arguments.ranks}
+    whole = Entry("vpae", recipe, overrides)
+    about |= {"recipe": digest(whole.load()), "set": list(arguments.overrides), "ranks": arguments.ranks}
     tables = {}
     for study, found in jobs.items():
         rows = {name: summary(runs, "1 NFE") for name, runs in found.items()}
+        base = as_it_stands(study, variants[study], whole)
+        against = {"against_recipe": found[base]} if base else {}
+        if study != "priming" and not STUDIES[study].whole:  # what phase II went on from
+            rows["phase I alone"], against["against_phase_1"] = summary(done[_FIRST[0]], "1 NFE"), done[_FIRST[0]]
+        for (name, runs), (key, other) in itertools.product(found.items(), against.items()):
+            if lead := lead_over(runs, other):
+                rows[name][key] = lead
         paper = _FIRST if study == "priming" else STUDIES[study].paper
         measure = "mean" if study == "priming" else STUDIES[study].measure
         word = verdict(found, paper, measure)
         tables[study] = {"rows": rows, "paper": list(paper), "verdict": word, "jobs": found}
-        print_table(f"{study}: {word}", rows, (*COLUMNS, "training_minutes", "diverged"))
+        print_table(f"{study}: {word}", rows, (*_COLUMNS, "training_minutes", "diverged"))
     tables = write_part("ablation", about, "studies", tables, root)
     print(json.dumps({"benchmark": "ablation", "verdicts": {name: t["verdict"] for name, t in tables.items()}}))
 

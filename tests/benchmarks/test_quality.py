@@ -423,6 +423,34 @@ def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
     assert [e.name for e in alone] == ["VSD alone"] and len({e.name for e in variants["head"].values()}) == 3
 
 
+def test_a_study_names_the_variant_that_is_the_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import ablation
+
+    recipe = ablation.RECIPES / "tiny_open.yaml"
+    for moved, expected in (((), "lambda 10"), (("equilibrium.sds.weight=1",), "lambda 1")):
+        _, variants = ablation.plan(("priming", *ablation.STUDIES), recipe, moved, "open")
+        whole = ablation.Entry("vpae", recipe, moved)
+        assert ablation.as_it_stands("lambda", variants["lambda"], whole) == expected
+        assert ablation.as_it_stands("student", variants["student"], whole) == "full"
+        assert ablation.as_it_stands("priming", variants["priming"], whole) == "VSD"
+    _, variants = ablation.plan(("lambda",), recipe, ("equilibrium.sds.weight=5",), "open")
+    away = ablation.Entry("vpae", recipe, ("equilibrium.sds.weight=5",))
+    assert ablation.as_it_stands("lambda", variants["lambda"], away) is None
+
+
+def test_leads_are_in_pairs_of_whole_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from ablation import lead_over
+
+    def runs(*means: float) -> list[dict]:
+        return [{"rows": {"1 NFE": {"values": {"mean": mean}}}} for mean in means]
+
+    assert lead_over(runs(61, 72, 80), runs(60, 70, 77)) == pytest.approx({"mean": 2, "standard_error": 3**-0.5})
+    lost = [{"failed": "a loss was not finite"}]
+    assert lead_over(runs(61) + lost, runs(60, 70))["mean"] == 1 and lead_over(lost, runs(60)) is None
+
+
 def _runs(*values: float) -> list[dict]:
     return [{"rows": {"1 NFE": {"values": {"tc": value}}}} for value in values]
 
