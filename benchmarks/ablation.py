@@ -122,7 +122,8 @@ def plan(
 ) -> tuple[list[Entry], dict[str, dict[str, Entry]]]:
     """Phases I that are trained first, and every study's variants by name, as entries.
 
-    The recipe as it stands is a variant of most studies: it is one entry, trained once a seed.
+    The recipe as it stands is a variant of most studies: it is one entry (VSD: phase II on the shared phase I), trained
+    once a seed.
     """
     lcm = RECIPES / "peers" / "lcm.yaml"
     common = tuple(o for o in overrides if not o.startswith(("priming", "equilibrium")))  # it has no such sections
@@ -141,7 +142,12 @@ def plan(
             name: Entry(f"{study} {name}", recipe, (*overrides, *shared, *changed))
             for name, changed in STUDIES[study].variants.items()
         }
-    once: dict[tuple[str, str | None], Entry] = {}
+    # named first, and so alike in every call, whatever studies it asks for
+    stand = (
+        (Entry("VSD", recipe, (*overrides, "priming=null")), _FIRST[0]),
+        (Entry("both phases", recipe, overrides), None),
+    )
+    once = {(digest(entry.load()), start): entry for entry, start in stand}
     for study, entries in variants.items():
         for name, entry in entries.items():
             entries[name] = once.setdefault((digest(entry.load()), start_of(study, name)), entry)

@@ -414,13 +414,14 @@ def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
     assert [e.name for e in first] == ["VSD alone", "consistency alone"]
     every = [e.name for entries in variants.values() for e in entries.values()]
     # the recipe as it stands is in six studies of phase II, and once more with a phase I of its own
-    assert every.count("VSD") == 6 and variants["student"]["full"].name == "student full"
+    assert every.count("VSD") == 6 and variants["student"]["full"].name == "both phases"
     assert variants["r1"]["both"] is variants["judge"]["unified"] is variants["lambda"]["lambda 10"]
-    assert variants["student time"]["from 0.99"].name == "student full"
+    assert variants["student time"]["from 0.99"].name == "both phases"
     assert len(every) - len(set(every)) == 6
     assert {ablation.start_of("priming", n) for n in variants["priming"]} == {"VSD alone", "consistency alone", None}
     alone, variants = ablation.plan(("head",), recipe, (), "open")
     assert [e.name for e in alone] == ["VSD alone"] and len({e.name for e in variants["head"].values()}) == 3
+    assert variants["head"]["semantic"].name == "VSD", "the folder of a job is the same in every call"
 
 
 def test_a_study_names_the_variant_that_is_the_recipe(monkeypatch):
