@@ -62,8 +62,9 @@ def _side_by_side(points: dict[str, tuple[float, float, float]]) -> dict[str, tu
     for row in sorted({name.split(" ", 1)[1] for name in points}):
         names = [name for name in points if name.split(" ", 1)[1] == row]
         middle = sum(math.log10(points[name][0]) for name in names) / len(names)
+        step = min(0.045, 0.24 / max(1, len(names) - 1))  # all of them within the room between two of the teacher's
         for i, name in enumerate(names):
-            placed[name] = (10 ** (middle + 0.045 * (i - (len(names) - 1) / 2)), *points[name][1:])
+            placed[name] = (10 ** (middle + step * (i - (len(names) - 1) / 2)), *points[name][1:])
     return placed
 
 
