@@ -8,9 +8,11 @@ Where phase I itself is studied, consistency distillation gets VSD's wall-clock 
 (recipes/peers/lcm.yaml). Jobs lie under outputs/benchmarks/ablation/; give the same command again after a stop, or
 several times at once, as for quality.py. Scores are of the validation split. Each study ends with whether the order
 found is the paper's (V-PAE, arXiv 2508.21019, table of ablations: TC for judge and head; where it gives no figures,
-that is said): seeds are compared in pairs, and a difference below two standard errors counts as none. Beside every
-score stands by how much it is above the recipe's as it stands, and above phase I alone, in the same pairs. Writes
-benchmarks/results/ablation.json; studies of an earlier call on the same terms stay in it.
+that is said): runs of one seed are compared, which share clips and phase I, and a difference whose 95 % interval
+(Student's t) holds 0 counts as none. Beside every score stands by how much it is above the recipe as it stands and,
+of phase II on a phase I of this call, above that. The first clips of the split are those that recipes were chosen on,
+which favours the recipe. Writes benchmarks/results/ablation.json, its runs beside it as ablation_jobs.json; studies of
+an earlier call on the same terms stay in it. Runs lie by name: give a --root of its own with other ``--set``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from contest import (
-    COLUMNS,
     RECIPES,
     Entry,
     carry_out,
@@ -36,12 +37,15 @@ from contest import (
     ours,
     print_table,
     spread,
+    store,
     summary,
     whole_cost,
     write_part,
 )
 from jobs import run_jobs
+from scipy import stats
 
+from vpae.errors import UserError
 from vpae.recipe import digest
 
 _TIME = "{{kind: {kind}, low: {low}, high: {high}, shift: {shift}, mean: {mean}, std: 1.0}}"
@@ -61,6 +65,11 @@ class Study:
     whole: bool = False  # of both phases, not of phase II on a shared phase I
 
 
+def _r1(weight: float = 1.0, spatial: float = 0.01, temporal: float = 0.1) -> tuple[str, ...]:
+    values = {"weight": weight, "spatial_sigma": spatial, "temporal_sigma": temporal}
+    return tuple(f"equilibrium.r1.{key}={value}" for key, value in values.items())
+
+
 STUDIES = {
     "judge": Study(
         {kind: (f"equilibrium.judge={kind}",) for kind in ("frozen", "unified", "trainable")},
@@ -75,11 +84,11 @@ STUDIES = {
     "lambda": Study({f"lambda {w}": (f"equilibrium.sds.weight={w}",) for w in (0, 1, 10, 100)}),
     "r1": Study(
         {
-            "both": (),
-            "off": ("equilibrium.r1.weight=0",),
-            "spatial alone": ("equilibrium.r1.temporal_sigma=0",),
-            "temporal alone": ("equilibrium.r1.spatial_sigma=0",),
-            "both, weight 100": ("equilibrium.r1.weight=100",),  # APT's, where the paper has 1
+            "both": _r1(),
+            "off": _r1(weight=0),
+            "spatial alone": _r1(temporal=0),
+            "temporal alone": _r1(spatial=0),
+            "both, weight 100": _r1(weight=100),  # APT's, where the paper has 1
         }
     ),
     "judge time": Study(
@@ -87,12 +96,12 @@ STUDIES = {
             "uniform": (_law(),),
             "shift 5": (_law(shift=5.0),),
             "below 0.5": (_law(high=0.5),),
-            "logit-normal": (_law(kind="logit_normal", mean=1.0),),  # LADD's (arXiv 2403.12015)
+            "logit-normal": (_law(kind="logit_normal", mean=1.0),),  # LADD's (arXiv 2403.12015), below pure noise
         }
     ),
     "student": Study(
         {
-            "full": (),
+            "full": ("student.kind=full", "student.lora=null"),
             "lora": (
                 "student.kind=lora",
                 "student.lora={rank: 64, alpha: 64, targets: [to_q, to_k, to_v, to_out.0, net.0.proj, net.2]}",
@@ -106,7 +115,7 @@ STUDIES = {
 }
 
 
-_COLUMNS = ("mean", "against_recipe", "against_phase_1", *(c for c in COLUMNS if c != "mean"))
+_COLUMNS = ("mean", "against_recipe", "against_phase_1", "sa", "tc", "fq", "dynamic_degree", "frechet")
 _FIRST = ("VSD alone", "consistency alone")  # phases I that phase II goes on from
 
 
@@ -117,13 +126,17 @@ def start_of(study: str, name: str) -> str | None:
     return None if STUDIES[study].whole else _FIRST[0]
 
 
+def as_it_stands(study: str) -> str:
+    """The entry that is the recipe itself: its phase II on the shared phase I, or both its phases."""
+    return "both phases" if study != "priming" and STUDIES[study].whole else "VSD"
+
+
 def plan(
     studies: Sequence[str], recipe: Path, overrides: tuple[str, ...], world: str
-) -> tuple[list[Entry], dict[str, dict[str, Entry]]]:
-    """Phases I that are trained first, and every study's variants by name, as entries.
+) -> tuple[list[Entry], dict[str, Entry], dict[str, dict[str, Entry]]]:
+    """Phases I that are trained first, what the recipe itself is, and every study's variants by name, as entries.
 
-    The recipe as it stands is a variant of most studies: it is one entry (VSD: phase II on the shared phase I), trained
-    once a seed.
+    A variant that is the recipe is one entry in all studies (:func:`as_it_stands`), under one name in every call.
     """
     lcm = RECIPES / "peers" / "lcm.yaml"
     common = tuple(o for o in overrides if not o.startswith(("priming", "equilibrium")))  # it has no such sections
@@ -131,9 +144,10 @@ def plan(
         Entry(_FIRST[0], recipe, (*overrides, "equilibrium=null")),
         Entry(_FIRST[1], lcm, (*in_world(world, lcm), *common)),
     ]
+    unprimed = (*overrides, "priming=null")
+    own = {"VSD": Entry("VSD", recipe, unprimed), "both phases": Entry("both phases", recipe, overrides)}
     variants: dict[str, dict[str, Entry]] = {}
     if "priming" in studies:
-        unprimed = (*overrides, "priming=null")
         variants["priming"] = {e.name: e for e in first}
         variants["priming"] |= {n: Entry(n, recipe, unprimed) for n in ("VSD", "consistency", "none")}
     for study in (name for name in STUDIES if name in studies):
@@ -142,51 +156,36 @@ def plan(
             name: Entry(f"{study} {name}", recipe, (*overrides, *shared, *changed))
             for name, changed in STUDIES[study].variants.items()
         }
-    # named first, and so alike in every call, whatever studies it asks for
-    stand = (
-        (Entry("VSD", recipe, (*overrides, "priming=null")), _FIRST[0]),
-        (Entry("both phases", recipe, overrides), None),
-    )
-    once = {(digest(entry.load()), start): entry for entry, start in stand}
+    once = {(digest(own[name].load()), start): own[name] for name, start in (("VSD", _FIRST[0]), ("both phases", None))}
     for study, entries in variants.items():
         for name, entry in entries.items():
             entries[name] = once.setdefault((digest(entry.load()), start_of(study, name)), entry)
-    return first if "priming" in studies else first[:1], variants
+    starts = {start_of(study, name) for study, entries in variants.items() for name in entries}
+    own = {as_it_stands(study): own[as_it_stands(study)] for study in variants}
+    return [e for e in first if e.name in starts], own, variants
+
+
+def leads(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], measure: str = "mean") -> list[float]:
+    """By how much runs score above others of the same seeds; pairs of which one diverged are left out."""
+    pairs = [(x["rows"], y["rows"]) for x, y in zip(a, b, strict=True) if "failed" not in x and "failed" not in y]
+    return [x["1 NFE"]["values"][measure] - y["1 NFE"]["values"][measure] for x, y in pairs]
 
 
 def verdict(jobs: dict[str, list[dict[str, Any]]], paper: tuple[str, ...], measure: str) -> str:
-    """Whether the order found is the paper's, by pairs of runs of one seed (the same clips, and the same phase I)."""
+    """Whether the order found is the paper's."""
     if not paper:
         return "the paper gives no figures"
-    said = []
-    for better, worse in itertools.pairwise(paper):
-        pairs = zip(jobs[better], jobs[worse], strict=True)
-        whole = [(a["rows"], b["rows"]) for a, b in pairs if "failed" not in a and "failed" not in b]
-        leads = [a["1 NFE"]["values"][measure] - b["1 NFE"]["values"][measure] for a, b in whole]
-        said.append(f"{better} over {worse}: {_word(leads)}")
+    said = (f"{a} over {b}: {_word(leads(jobs[a], jobs[b], measure))}" for a, b in itertools.pairwise(paper))
     return f"{measure}: {'; '.join(said)}"
 
 
-def _word(leads: list[float]) -> str:
-    if len(leads) < 2:
+def _word(found: list[float]) -> str:
+    if len(found) < 2:
         return "too few seeds to tell"
-    lead, error = spread(leads).values()
-    word = "no difference" if abs(lead) < 2 * error else "agree" if lead > 0 else "disagree"
-    return f"{word} ({lead:+.2f} ± {error:.2f})"
-
-
-def lead_over(jobs: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """By how much the mean score of runs is above that of others, in pairs of one seed; None where no pair is whole."""
-    pairs = [(a["rows"], b["rows"]) for a, b in zip(jobs, other, strict=True) if "rows" in a and "rows" in b]
-    return spread([a["1 NFE"]["values"]["mean"] - b["1 NFE"]["values"]["mean"] for a, b in pairs]) if pairs else None
-
-
-def as_it_stands(study: str, entries: dict[str, Entry], whole: Entry) -> str | None:
-    """The variant of a study that is the recipe itself; None where ``--set`` has moved it away from all."""
-    if study == "priming":
-        return "VSD"
-    stands = whole if STUDIES[study].whole else Entry("", whole.recipe, (*whole.overrides, "priming=null"))
-    return next((n for n, entry in entries.items() if digest(entry.load()) == digest(stands.load())), None)
+    lead = spread(found)
+    reach = float(stats.t.ppf(0.975, len(found) - 1)) * lead["standard_error"]
+    word = "agree" if lead["mean"] > reach else "disagree" if lead["mean"] < -reach else "no difference"
+    return f"{word} ({lead['mean']:+.2f} ± {lead['standard_error']:.2f})"
 
 
 def main() -> None:
@@ -200,42 +199,57 @@ def run(arguments: argparse.Namespace) -> None:
     recipe, root = ours(arguments), arguments.root
     overrides = (*in_world(arguments.world, recipe), *arguments.overrides)
     options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
-    first, variants = plan(arguments.studies, recipe, overrides, arguments.world)
-    check_one_world(first)
-    settings: dict[str, tuple[str, ...]] = {first[0].name: ()}
+    first, own, variants = plan(arguments.studies, recipe, overrides, arguments.world)
+    check_one_world([*first, *own.values()])
+    settings: dict[str, tuple[str, ...]] = {_FIRST[0]: ()}
     if len(first) > 1:  # consistency distillation gets VSD's wall-clock
         costs = measure_costs(first, root, arguments.ranks)
         budget = whole_cost(first[0], costs[first[0].name], "seconds")
         settings[first[1].name] = on_budget(first[1], costs[first[1].name], "seconds", budget)
     done = run_jobs(first, arguments.seeds, root, settings, **options)
-    later: dict[str, Entry] = {}
+    for name, runs in done.items():
+        if lost := [str(job["seed"]) for job in runs if "failed" in job]:
+            raise UserError(
+                f"{name} diverged with seed {', '.join(lost)}: no phase II can go on from it; leave that seed out of "
+                "--seeds, or lower priming.student_optimiser.learning_rate with --set"
+            )
+    later, starts = dict(own), {"VSD": _FIRST[0]}
     for study, entries in variants.items():
         for name, entry in entries.items():
-            if entry not in first:
-                later[entry.name], start = entry, start_of(study, name)
-                settings[entry.name] = (f"priming_run={root}/{start}-seed{{seed}}",) if start else ()
+            if entry.name not in done:
+                later[entry.name], starts[entry.name] = entry, start_of(study, name)
+    for name in later:
+        start = starts.get(name)
+        settings[name] = (f"priming_run={root}/{start}-seed{{seed}}",) if start else ()
     done |= run_jobs(list(later.values()), arguments.seeds, root, settings, **options)
-    jobs = {study: {n: done[e.name] for n, e in entries.items()} for study, entries in variants.items()}
+    store("ablation_jobs", {}, [job for runs in done.values() for job in runs], root)
+    whole, every = Entry("vpae", recipe, overrides), plan(("priming", *STUDIES), recipe, overrides, arguments.world)[2]
     about = {"benchmark": "ablation", "world": arguments.world, "seeds": arguments.seeds, "clips": arguments.clips}
-    whole = Entry("vpae", recipe, overrides)
-    about |= {"recipe": digest(whole.load()), "set": list(arguments.overrides), "ranks": arguments.ranks}
-    tables = {}
-    for study, found in jobs.items():
-        rows = {name: summary(runs, "1 NFE") for name, runs in found.items()}
-        base = as_it_stands(study, variants[study], whole)
-        against = {"against_recipe": found[base]} if base else {}
-        if study != "priming" and not STUDIES[study].whole:  # what phase II went on from
-            rows["phase I alone"], against["against_phase_1"] = summary(done[_FIRST[0]], "1 NFE"), done[_FIRST[0]]
-        for (name, runs), (key, other) in itertools.product(found.items(), against.items()):
-            if lead := lead_over(runs, other):
-                rows[name][key] = lead
-        paper = _FIRST if study == "priming" else STUDIES[study].paper
-        measure = "mean" if study == "priming" else STUDIES[study].measure
-        word = verdict(found, paper, measure)
-        tables[study] = {"rows": rows, "paper": list(paper), "verdict": word, "jobs": found}
-        print_table(f"{study}: {word}", rows, (*_COLUMNS, "training_minutes", "diverged"))
+    about |= {"recipe": digest(whole.load()), "set": sorted(arguments.overrides), "ranks": arguments.ranks}
+    about |= {"variants": digest({study: {n: digest(e.load()) for n, e in es.items()} for study, es in every.items()})}
+    tables = {study: _table(study, entries, done) for study, entries in variants.items()}
+    for study, table in tables.items():
+        print_table(f"{study}: {table['verdict']}", table["rows"], (*_COLUMNS, "training_minutes", "diverged"))
     tables = write_part("ablation", about, "studies", tables, root)
     print(json.dumps({"benchmark": "ablation", "verdicts": {name: t["verdict"] for name, t in tables.items()}}))
+
+
+def _table(study: str, entries: dict[str, Entry], done: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A study's rows, each beside the recipe and beside the phase I that it went on from, and what the paper says."""
+    found = {name: done[entry.name] for name, entry in entries.items()}
+    starts = {name: start_of(study, name) for name in found}
+    base, paper, measure = as_it_stands(study), _FIRST, "mean"
+    if study != "priming":
+        paper, measure = STUDIES[study].paper, STUDIES[study].measure
+    shown = found | ({"phase I alone": done[_FIRST[0]]} if set(starts.values()) == {_FIRST[0]} else {})
+    rows = {name: summary(runs, "1 NFE") for name, runs in shown.items()}
+    for name, runs in shown.items():
+        against = {"against_recipe": base, "against_phase_1": starts.get(name)}
+        for key, other in against.items():
+            if other and (pairs := leads(runs, done[other])):
+                rows[name][key] = spread(pairs)
+    names = {name: entry.name for name, entry in entries.items()}
+    return {"rows": rows, "paper": list(paper), "verdict": verdict(found, paper, measure), "jobs": names}
 
 
 if __name__ == "__main__":

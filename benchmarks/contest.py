@@ -305,12 +305,16 @@ def store(name: str, costs: Mapping[str, Cost], jobs: Sequence[dict[str, Any]], 
         write_json(folder / f"{name}.json", {"costs": new | before["costs"], "jobs": list(every.values())})
 
 
-def write_part(name: str, about: Mapping[str, Any], part: str, new: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def write_part(
+    name: str, about: Mapping[str, Any], part: str, new: Mapping[str, Any], root: Path, folder: Path = RESULTS
+) -> dict[str, Any]:
     """Add to a part of ``results/NAME.json``, keeping what is there on the same terms; the whole part."""
     with claimed(root / f"{name}.lock", wait=True):
-        whole = {**parts_before(name, about, part), **new}
-        write_result(name, {**about, part: whole})
-    return whole
+        before = parts_before(name, about, part, folder)
+        if not before and (folder / f"{name}.json").is_file():
+            print(f"{name}.json held {part} of an earlier call on other terms; they make way", file=sys.stderr)
+        write_result(name, {**about, part: {**before, **new}}, folder)
+    return {**before, **new}
 
 
 COLUMNS = ("sa", "tc", "fq", "mean", "dynamic_degree", "frechet", "trajectory_error", "diversity")

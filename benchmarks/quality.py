@@ -8,9 +8,10 @@
 Each (table, method, seed) is a job of its own under outputs/benchmarks/quality/, trained with checkpoints: give the
 same command again after a stop, however long later, or several times at once (with ``--ranks 1`` once a core, or once a
 GPU with CUDA_VISIBLE_DEVICES), and its processes share the jobs. Jobs that were done on another day, on this kind of
-machine, are taken from the result's ``_jobs``. The budget is what V-PAE's recipe costs (``--minutes``, ``--clips-
-seen`` for others). Reference lines are the teacher at 100, 8, 4, 2 and 1 NFE. ``--final`` is allowed once for
-a set of recipes and settings; asked for again it wants ``--because``, and every look is recorded before it is taken.
+machine, are taken from the result's ``_jobs``. The budget is what V-PAE's recipe costs (``--minutes``,
+``--clips-seen`` for others). Reference lines are the teacher at 100, 8, 4, 2 and 1 NFE. Means and bars stand once more
+for the validation clips from ``--chosen-on`` on: those before are what settings were chosen on. ``--final`` is allowed
+once for a set of recipes and settings; asked for again it wants ``--because``, and every look is recorded before it.
 Writes benchmarks/results/quality_WORLD_SPLIT.json, its jobs beside it as ..._jobs.json and, for each table, a figure
 (.svg) and a contact sheet (.png: the same eight conditions for every method) as ..._seconds or ..._clips.
 """
@@ -65,6 +66,8 @@ TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' mo
     "teacher 8 NFE, guided": {"steps": 4, "guidance_scale": 2.0, "sampler": "euler_even"},
     "teacher 2 NFE, guided": {"steps": 1, "guidance_scale": 2.0, "sampler": "euler"},
 }
+
+_STEPS = ("1 NFE", "4 NFE")  # of a student
 
 
 def entries(arguments: argparse.Namespace) -> list[Entry]:
@@ -171,6 +174,9 @@ def main() -> None:
     parser.add_argument("--final", action="store_true", help="judge on the test split")
     parser.add_argument("--done", action="store_true", help="tables of the jobs that are done so far; train none")
     parser.add_argument("--lines", action="store_true", help="judge the teacher alone: how far its lines lie apart")
+    parser.add_argument(
+        "--chosen-on", type=int, default=128, help="first validation clips, that settings were chosen on"
+    )
     parser.add_argument("--because", help="why the test split is looked at again")
     carry_out(run, parser)
 
@@ -216,7 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
         if old := sum(job in before["jobs"] for job in done):
             print(f"{old} of {len(done)} jobs are of an earlier day, from {name}_jobs.json")
         meant = budget if equal == "seconds" else None
-        found = {f"{n} {row}": summary(js, row, meant) for n, js in jobs.items() for row in ("1 NFE", "4 NFE")}
+        found = {f"{n} {row}": summary(js, row, meant) for n, js in jobs.items() for row in _STEPS}
         print_table(f"equal {equal} ({budget:.0f}), {split} split", lines | found, COLUMNS)
         took = ("seconds_per_clip", "training_minutes", "percent_of_budget", "peak_gib", "diverged")
         print_table("what it took", found, took)
@@ -242,8 +248,35 @@ def run(arguments: argparse.Namespace) -> None:
         "tables": tables,
         "bars": {equal: bars(rows["teacher 100 NFE"], jobs) for equal, jobs in trained.items()},
     }
+    if not arguments.final and arguments.clips > arguments.chosen_on:
+        first = arguments.chosen_on
+        other = {equal: on_other_clips(rows["teacher 100 NFE"], jobs, first) for equal, jobs in trained.items()}
+        document["on_other_clips"] = {"from": first} | other
+        for equal, found in other.items():
+            print_table(f"equal {equal}, clips from {first} on, on which no setting was chosen", found["means"], _STEPS)
     written = json.loads(write_result(name, document).read_text())  # as written: JSON has no NaN
-    print(json.dumps({key: written[key] for key in ("benchmark", "split", "seeds", "bars")}))
+    last = ("benchmark", "split", "seeds", "bars", "on_other_clips")
+    print(json.dumps({key: written[key] for key in last if key in written}))
+
+
+def on_other_clips(teacher: dict[str, Any], jobs: dict[str, list[dict[str, Any]]], first: int) -> dict[str, Any]:
+    """Means and bars without the first clips, on which settings were chosen: what was best there was partly lucky."""
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        return {"clip_means": row["clip_means"][first:], "values": row["values"]}
+
+    rest = {
+        name: [job if "failed" in job else {"rows": {n: cut(row) for n, row in job["rows"].items()}} for job in js]
+        for name, js in jobs.items()
+    }
+    means = {
+        name: {n: spread([np.mean(job["rows"][n]["clip_means"]) for job in js if "failed" not in job]) for n in _STEPS}
+        for name, js in rest.items()
+        if any("failed" not in job for job in js)
+    }
+    found = bars(cut(teacher), rest)
+    found.pop("dynamic_degree_percent", None)  # of all clips together
+    return {"teacher": float(np.mean(teacher["clip_means"][first:])), "means": means, "bars": found}
 
 
 def _percent(part: float, whole: float) -> float:
@@ -262,7 +295,7 @@ def bars(teacher: dict[str, Any], jobs: dict[str, list[dict[str, Any]]]) -> dict
     scores = {
         (name, row): np.array([job["rows"][row]["clip_means"] for job in js])  # [seeds, clips]
         for name, js in whole.items()
-        for row in ("1 NFE", "4 NFE")
+        for row in _STEPS
         if js
     }
     if ("vpae", "1 NFE") not in scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -409,65 +410,124 @@ def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import ablation
 
-    recipe = ablation.RECIPES / "tiny_open.yaml"
-    first, variants = ablation.plan(("priming", *ablation.STUDIES), recipe, (), "open")
-    assert [e.name for e in first] == ["VSD alone", "consistency alone"]
+    recipe, studies = ablation.RECIPES / "tiny_open.yaml", ("priming", *ablation.STUDIES)
+    first, own, variants = ablation.plan(studies, recipe, (), "open")
+    assert [e.name for e in first] == ["VSD alone", "consistency alone"] and list(own) == ["VSD", "both phases"]
     every = [e.name for entries in variants.values() for e in entries.values()]
-    # the recipe as it stands is in six studies of phase II, and once more with a phase I of its own
-    assert every.count("VSD") == 6 and variants["student"]["full"].name == "both phases"
-    assert variants["r1"]["both"] is variants["judge"]["unified"] is variants["lambda"]["lambda 10"]
-    assert variants["student time"]["from 0.99"].name == "both phases"
-    assert len(every) - len(set(every)) == 6
+    # the recipe as it stands is in six studies of phase II, and twice with a phase I of its own
+    assert every.count("VSD") == 6 and every.count("both phases") == 2 and len(every) - len(set(every)) == 6
+    assert variants["r1"]["both"] is variants["judge"]["unified"] is variants["lambda"]["lambda 10"] is own["VSD"]
+    assert variants["student time"]["from 0.99"] is variants["student"]["full"] is own["both phases"]
     assert {ablation.start_of("priming", n) for n in variants["priming"]} == {"VSD alone", "consistency alone", None}
-    alone, variants = ablation.plan(("head",), recipe, (), "open")
-    assert [e.name for e in alone] == ["VSD alone"] and len({e.name for e in variants["head"].values()}) == 3
-    assert variants["head"]["semantic"].name == "VSD", "the folder of a job is the same in every call"
+    for study in studies:  # the folder of a job is the same in every call
+        alone, needed, found = ablation.plan((study,), recipe, (), "open")
+        assert found == {study: variants[study]} and list(needed) == [ablation.as_it_stands(study)]
+        assert len(alone) == (2 if study == "priming" else 0 if ablation.STUDIES[study].whole else 1)
 
 
-def test_a_study_names_the_variant_that_is_the_recipe(monkeypatch):
+def test_a_study_of_a_moved_recipe_still_has_its_variants_and_its_base(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import ablation
 
     recipe = ablation.RECIPES / "tiny_open.yaml"
-    for moved, expected in (((), "lambda 10"), (("equilibrium.sds.weight=1",), "lambda 1")):
-        _, variants = ablation.plan(("priming", *ablation.STUDIES), recipe, moved, "open")
-        whole = ablation.Entry("vpae", recipe, moved)
-        assert ablation.as_it_stands("lambda", variants["lambda"], whole) == expected
-        assert ablation.as_it_stands("student", variants["student"], whole) == "full"
-        assert ablation.as_it_stands("priming", variants["priming"], whole) == "VSD"
-    _, variants = ablation.plan(("lambda",), recipe, ("equilibrium.sds.weight=5",), "open")
-    away = ablation.Entry("vpae", recipe, ("equilibrium.sds.weight=5",))
-    assert ablation.as_it_stands("lambda", variants["lambda"], away) is None
-
-
-def test_leads_are_in_pairs_of_whole_runs(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from ablation import lead_over
-
-    def runs(*means: float) -> list[dict]:
-        return [{"rows": {"1 NFE": {"values": {"mean": mean}}}} for mean in means]
-
-    assert lead_over(runs(61, 72, 80), runs(60, 70, 77)) == pytest.approx({"mean": 2, "standard_error": 3**-0.5})
-    lost = [{"failed": "a loss was not finite"}]
-    assert lead_over(runs(61) + lost, runs(60, 70))["mean"] == 1 and lead_over(lost, runs(60)) is None
+    moved = (
+        "equilibrium.sds.weight=5",
+        "equilibrium.r1.weight=0",
+        "student.kind=lora",
+        "student.lora={rank: 4, alpha: 4, targets: [to_q]}",
+    )
+    _, own, variants = ablation.plan(("lambda", "r1", "student"), recipe, moved, "open")
+    assert own["VSD"].name not in {e.name for e in variants["lambda"].values()}
+    assert variants["r1"]["off"] is own["VSD"] and variants["r1"]["both"].load().equilibrium.r1.weight == 1
+    assert variants["student"]["full"].load().student.kind == "full"
 
 
 def _runs(*values: float) -> list[dict]:
-    return [{"rows": {"1 NFE": {"values": {"tc": value}}}} for value in values]
+    rows = ({"tc": value, "mean": value + 10} for value in values)
+    more = {"frechet": 0.1, "diversity": 1.0, "seconds_per_clip": 1.0}
+    about = {"seconds_training": 60.0, "peak_bytes": 2**30, "split": "validation", "clips": 8}
+    return [{"rows": {"1 NFE": {"values": row} | more}, "seed": i} | about for i, row in enumerate(rows)]
 
 
 def test_the_verdict_of_a_study_pairs_seeds_and_knows_what_is_no_difference(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from ablation import verdict
+    from ablation import leads, verdict
 
-    jobs = {"a": _runs(60, 70, 80), "b": _runs(58, 69, 77), "c": _runs(59, 68, 78)}
-    assert verdict(jobs, ("a", "b"), "tc") == "tc: a over b: agree (+2.00 \u00b1 0.58)", "though seeds differ by 20"
-    assert verdict(jobs, ("b", "a"), "tc") == "tc: b over a: disagree (-2.00 \u00b1 0.58)"
-    assert verdict(jobs, ("a", "b", "c"), "tc").endswith("b over c: no difference (-0.33 \u00b1 0.67)")
+    jobs = {"a": _runs(60, 70, 80), "b": _runs(58, 68.3, 77.5), "c": _runs(59, 68, 78)}
+    assert verdict(jobs, ("a", "b"), "tc") == "tc: a over b: agree (+2.07 \u00b1 0.23)", "though seeds differ by 20"
+    assert verdict(jobs, ("b", "a"), "tc") == "tc: b over a: disagree (-2.07 \u00b1 0.23)"
+    assert verdict(jobs, ("a", "b", "c"), "tc").endswith("b over c: no difference (-0.40 \u00b1 0.38)")
+    assert leads(jobs["a"], jobs["b"]) == leads(jobs["a"], jobs["b"], "tc") == pytest.approx([2, 1.7, 2.5])
+    # three and a half standard errors, of three seeds, are within chance
+    assert "no difference (+2.00 \u00b1 0.58)" in verdict(
+        {"a": _runs(60, 70, 80), "b": _runs(58, 69, 77)}, ("a", "b"), "tc"
+    )
+    assert "no difference (+0.00 \u00b1 0.00)" in verdict({"a": _runs(60, 70), "b": _runs(60, 70)}, ("a", "b"), "tc")
     assert verdict({k: v[:1] for k, v in jobs.items()}, ("a", "b"), "tc") == "tc: a over b: too few seeds to tell"
     jobs["b"][1] = {"failed": "a loss was not finite"}
-    assert verdict(jobs, ("a", "b"), "tc") == "tc: a over b: agree (+2.50 \u00b1 0.50)"
+    assert leads(jobs["a"], jobs["b"]) == pytest.approx([2, 2.5])
     assert verdict(jobs, (), "tc") == "the paper gives no figures"
+
+
+def test_an_ablation_sets_variants_beside_the_recipe_and_the_phase_they_went_on_from(monkeypatch, tmp_path, capsys):
+    """Runs are made up: a job's TC is its name's length, and a seed's number is added."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import ablation
+    import contest
+
+    asked: dict[str, tuple[str, ...]] = {}
+    lost: set[str] = set()
+
+    def run_jobs(entries, seeds, root, settings, **options):
+        asked.update({e.name: settings[e.name] for e in entries})
+        runs = {e.name: _runs(*(len(e.name) + seed for seed in seeds)) for e in entries}
+        for name, js in runs.items():
+            for job in js:
+                job["recipe"] = f"{name}-{job['seed']}"
+            if name in lost:
+                js[1] = {
+                    "failed": "a loss was not finite",
+                    "recipe": f"{name}-1",
+                    "split": "validation",
+                    "clips": 8,
+                    "seed": 1,
+                }
+        return runs
+
+    results = tmp_path / "results"
+    monkeypatch.setattr(ablation, "run_jobs", run_jobs)
+    for name in ("write_part", "store"):
+        monkeypatch.setattr(ablation, name, functools.partial(getattr(contest, name), folder=results))
+
+    def call(*words: str) -> dict:
+        monkeypatch.setattr("sys.argv", ["ablation.py", "--root", str(tmp_path), "--clips", "8", *words])
+        ablation.main()
+        return json.loads((results / "ablation.json").read_text())
+
+    study = call("--studies", "judge")["studies"]["judge"]
+    assert asked["judge frozen"] == asked["VSD"] == (f"priming_run={tmp_path}/VSD alone-seed{{seed}}",)
+    assert asked["VSD alone"] == () and "consistency alone" not in asked
+    rows = study["rows"]
+    assert set(rows) == {"frozen", "unified", "trainable", "phase I alone"} and study["jobs"]["unified"] == "VSD"
+    assert rows["frozen"]["against_recipe"]["mean"] == len("judge frozen") - len("VSD")
+    assert rows["frozen"]["against_phase_1"]["mean"] == len("judge frozen") - len("VSD alone")
+    assert rows["unified"]["against_recipe"]["mean"] == 0 and "against_phase_1" not in rows["phase I alone"]
+    assert study["verdict"] == "tc: unified over frozen: disagree (-9.00 \u00b1 0.00)"
+    kept = {job["recipe"] for job in json.loads((results / "ablation_jobs.json").read_text())["jobs"]}
+    assert {"VSD alone-0", "VSD-2", "judge frozen-1"} <= kept
+    asked.clear()
+    found = call("--studies", "student")["studies"]
+    assert set(found) == {"judge", "student"}, "on the same terms"
+    assert set(asked) == {"both phases", "student lora"} and asked["both phases"] == ()
+    assert "against_phase_1" not in found["student"]["rows"]["lora"]
+    assert set(call("--studies", "student", "--set", "equilibrium.sds.weight=5")["studies"]) == {"student"}
+    lost.add("judge frozen")
+    rows = call("--studies", "judge")["studies"]["judge"]["rows"]
+    assert rows["frozen"]["diverged"]["mean"] == 1 and rows["frozen"]["against_recipe"]["mean"] == 9
+    lost.add("VSD alone")
+    with pytest.raises(SystemExit):
+        call("--studies", "judge")
+    assert "VSD alone diverged with seed 1" in capsys.readouterr().err
 
 
 def test_bars_are_paired_over_clips_and_leave_diverged_runs_out(monkeypatch):
@@ -486,6 +546,23 @@ def test_bars_are_paired_over_clips_and_leave_diverged_runs_out(monkeypatch):
     ahead = found["percent_ahead_of_best_peer"]
     assert ahead["value"] == pytest.approx(4) and 3 < ahead["low"] < 4 < ahead["high"] < 5.5
     assert found["percent_of_teacher_at_1_nfe"]["value"] == pytest.approx(104)
+
+
+def test_clips_that_settings_were_chosen_on_are_left_out_of_a_second_look(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from quality import on_other_clips
+
+    def run(*means: float) -> dict:
+        row = {"clip_means": list(means), "values": {"dynamic_degree": 0.5}}
+        return {"rows": {"1 NFE": row, "4 NFE": row}}
+
+    jobs = {"vpae": [run(90, 60), run(90, 64)], "lcm": [run(50, 50), {"failed": "why"}]}
+    found = on_other_clips({"clip_means": [70, 80], "values": {"dynamic_degree": 1.0}}, jobs, 1)
+    assert found["teacher"] == 80 and found["means"]["vpae"]["1 NFE"] == {"mean": 62, "standard_error": 2}
+    assert found["means"]["lcm"]["4 NFE"]["mean"] == 50
+    assert found["bars"]["percent_of_teacher_at_1_nfe"]["value"] == pytest.approx(77.5)
+    assert found["bars"]["percent_ahead_of_best_peer"]["value"] == pytest.approx(24)
+    assert "dynamic_degree_percent" not in found["bars"], "that is known of all clips together alone"
 
 
 def test_a_look_at_the_test_split_is_recorded_before_and_needs_a_reason_the_second_time(monkeypatch, tmp_path):
