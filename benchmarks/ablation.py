@@ -48,11 +48,17 @@ from scipy import stats
 from vpae.errors import UserError
 from vpae.recipe import digest
 
-_TIME = "{{kind: {kind}, low: {low}, high: {high}, shift: {shift}, mean: {mean}, std: 1.0}}"
 
-
-def _law(kind: str = "uniform", high: float = 0.98, shift: float = 1.0, mean: float = 0.0) -> str:
-    return "equilibrium.judge_time=" + _TIME.format(kind=kind, low=0.0, high=high, shift=shift, mean=mean)
+def _law(
+    kind: str = "uniform",
+    low: float = 0.0,
+    high: float = 0.98,
+    shift: float = 1.0,
+    mean: float = 0.0,
+    of: str = "judge_time",
+) -> str:
+    law = {"kind": kind, "low": low, "high": high, "shift": shift, "mean": mean, "std": 1.0}
+    return f"equilibrium.{of}={json.dumps(law)}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,13 @@ STUDIES = {
         measure="tc",
     ),
     "lambda": Study({f"lambda {w}": (f"equilibrium.sds.weight={w}",) for w in (0, 1, 10, 100)}),
+    # a target of much noise is the mean of what may follow, and blurred
+    "sds time": Study(
+        {
+            name: (_law(low=0.02, high=high, of="sds.time"),)
+            for name, high in (("uniform", 0.98), ("below 0.5", 0.5), ("below 0.2", 0.2))
+        }
+    ),
     "r1": Study(
         {
             "both": _r1(),

@@ -414,8 +414,8 @@ def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
     first, own, variants = ablation.plan(studies, recipe, (), "open")
     assert [e.name for e in first] == ["VSD alone", "consistency alone"] and list(own) == ["VSD", "both phases"]
     every = [e.name for entries in variants.values() for e in entries.values()]
-    # the recipe as it stands is in six studies of phase II, and twice with a phase I of its own
-    assert every.count("VSD") == 6 and every.count("both phases") == 2 and len(every) - len(set(every)) == 6
+    # the recipe as it stands is in seven studies of phase II, and twice with a phase I of its own
+    assert every.count("VSD") == 7 and every.count("both phases") == 2 and len(every) - len(set(every)) == 7
     assert variants["r1"]["both"] is variants["judge"]["unified"] is variants["lambda"]["lambda 10"] is own["VSD"]
     assert variants["student time"]["from 0.99"] is variants["student"]["full"] is own["both phases"]
     assert {ablation.start_of("priming", n) for n in variants["priming"]} == {"VSD alone", "consistency alone", None}
