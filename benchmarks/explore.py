@@ -3,16 +3,18 @@
     python benchmarks/explore.py benchmarks/trials/open_second.yaml --ranks 1
 
 The list is a YAML of ``name: {of: METHOD, minutes: M, set: [key=value, ...]}``, in the order in which they were thought
-of: METHOD is an entry of ``quality.py``, its recipe under the overrides is trained for that long with one seed and
-judged at 1 NFE on the validation split. ``{root}`` in an override is the folder of jobs and ``{seed}`` the seed, so
-that a trial of phase II can start from another's phase I (``priming_run={root}/NAME-seed{seed}``), which then stands
-before it. Give it again after a stop, or several times at once, as for quality.py. Writes
-benchmarks/results/exploration_NAME.json.
+of: METHOD is an entry of ``quality.py``, its recipe under the overrides is trained for that long and judged at 1 NFE on
+the validation split. ``{root}`` in an override is the folder of jobs and ``{seed}`` the seed, so that a trial of phase
+II can start from another's phase I (``priming_run={root}/NAME-seed{seed}``), which then stands before it. One seed and
+128 clips leave a standard error of two points: the best of many such trials is partly luck, so give ``--seeds 0 1 2``
+and ``--clips 256`` where settings are near one another. Give it again after a stop, or several times at once, as for
+quality.py. Writes benchmarks/results/exploration_NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def read_trials(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def as_entries(trials: dict[str, dict[str, Any]], every: list[Entry], root: Path, seed: int) -> dict[str, Entry]:
-    """The trials as entries of their methods.
+    """The trials as entries of their methods, under one seed.
 
     Raises:
         UserError: a trial is of no entry of ``every``, or starts from the run of one that does not stand before it.
@@ -96,29 +98,31 @@ def main() -> None:
     parser = command_line(__doc__, "explore")
     parser.add_argument("trials", type=Path, help="the list")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.set_defaults(clips=128)
     carry_out(run, parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     trials, every, root = read_trials(arguments.trials), entries(arguments), arguments.root
-    tried = as_entries(trials, every, root, arguments.seed)
+    seeded = {seed: as_entries(trials, every, root, seed) for seed in arguments.seeds}
+    tried = seeded[arguments.seeds[0]]
     check_one_world(list(tried.values()))
     options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips, "steps": (1,)}
     known = stored(f"quality_{arguments.world}_validation_jobs")["costs"]
     settings: dict[str, tuple[str, ...]] = {}
-    jobs: dict[str, list[dict[str, Any]]] = {}
+    jobs: dict[str, list[dict[str, Any]]] = {name: [] for name in tried}
     for name, entry in tried.items():  # one by one: a trial may start from the run of one before it
         cost = measure_costs([entry], root, arguments.ranks, known)[name]
         settings[name] = on_budget(entry, cost, "seconds", 60 * trials[name]["minutes"])
-        started_from = any(_start(root, name, arguments.seed) in e.overrides for e in tried.values())
-        run_jobs([entry], [arguments.seed], root, settings, wait=started_from, **options)
-    for entry in tried.values():
-        jobs |= run_jobs([entry], [arguments.seed], root, settings, **options)
+        for seed, own in seeded.items():
+            started_from = any(_start(root, name, seed) in e.overrides for e in own.values())
+            run_jobs([own[name]], [seed], root, settings, wait=started_from, **options)
+    for name, (seed, own) in itertools.product(tried, seeded.items()):
+        jobs[name] += run_jobs([own[name]], [seed], root, settings, **options)[name]
     rows = {name: summary(js, "1 NFE", 60 * trials[name]["minutes"]) for name, js in jobs.items()}
     print_table("trials", rows, (*COLUMNS, "training_minutes", "percent_of_budget", "diverged"))
-    about = {key: getattr(arguments, key) for key in ("world", "seed", "clips", "ranks")}
+    about = {key: getattr(arguments, key) for key in ("world", "seeds", "clips", "ranks")}
     written = {
         n: trials[n] | {"settings": list(settings[n]), "row": rows[n], "commit": jobs[n][0]["commit"]} for n in tried
     }

@@ -406,6 +406,38 @@ def test_a_trial_starts_from_one_before_it(explore, tmp_path):
         explore.as_entries({"odd": first | {"of": "vpea"}}, [entry], tmp_path, 7)
 
 
+def test_trials_of_several_seeds_start_each_from_its_own(explore, tmp_path, monkeypatch, capsys):
+    """Runs are made up: a job scores its seed."""
+    trials = {"first": [], "second": ["priming=null", "priming_run={root}/first-seed{seed}"]}
+    listed = {name: {"of": "vpae", "minutes": 1, "set": own} for name, own in trials.items()}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(listed))
+    asked: list[tuple[str, int, str, bool]] = []
+    written: dict = {}
+
+    def run_jobs(entries, seeds, root, settings, wait=True, **options):
+        ((entry,), (seed,)) = entries, seeds
+        start = [o for o in entry.overrides if o.startswith("priming_run")]
+        asked.append((entry.name, seed, *start, wait))
+        return {entry.name: [_runs(float(seed))[0] | {"commit": "c"}]}
+
+    monkeypatch.setattr(explore, "run_jobs", run_jobs)
+    monkeypatch.setattr(explore, "measure_costs", lambda es, *_: {e.name: None for e in es})
+    monkeypatch.setattr(explore, "on_budget", lambda *_: ())
+    monkeypatch.setattr(explore, "write_result", lambda name, document: written.update({name: document}))
+    words = [str(tmp_path / "two.yaml"), "--root", str(tmp_path), "--seeds", "3", "5"]
+    monkeypatch.setattr("sys.argv", ["explore.py", *words])
+    explore.main()
+    start = f"priming_run={tmp_path}/first-seed"
+    assert asked[:4] == [
+        ("first", 3, True),
+        ("first", 5, True),
+        ("second", 3, f"{start}3", False),
+        ("second", 5, f"{start}5", False),
+    ]
+    found = written["exploration_two"]
+    assert found["seeds"] == [3, 5] and found["trials"]["second"]["row"]["tc"] == {"mean": 4, "standard_error": 1}
+
+
 def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import ablation
