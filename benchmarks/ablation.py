@@ -9,10 +9,11 @@ Where phase I itself is studied, consistency distillation gets VSD's wall-clock 
 several times at once, as for quality.py. Scores are of the validation split. Each study ends with whether the order
 found is the paper's (V-PAE, arXiv 2508.21019, table of ablations: TC for judge and head; where it gives no figures,
 that is said): runs of one seed are compared, which share clips and phase I, and a difference whose 95 % interval
-(Student's t) holds 0 counts as none. Beside every score stands by how much it is above the recipe as it stands and,
-of phase II on a phase I of this call, above that. The first clips of the split are those that recipes were chosen on,
-which favours the recipe. Writes benchmarks/results/ablation.json, its runs beside it as ablation_jobs.json; studies of
-an earlier call on the same terms stay in it. Runs lie by name: give a --root of its own with other ``--set``.
+(Student's t) holds 0 counts as none. Beside means and Fréchet distances, at 1 and at 4 NFE, stands by how much they
+are above those of the recipe as it stands and, of phase II on a phase I of this call, of that. The first clips of the
+split are those that recipes were chosen on, which favours the recipe. Writes benchmarks/results/ablation.json, its
+runs beside it as ablation_jobs.json; studies of an earlier call on the same terms stay in it. Runs lie by name: give
+a --root of its own with other ``--set``.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ STUDIES = {
 }
 
 
-_COLUMNS = ("mean", "against_recipe", "against_phase_1", "sa", "tc", "fq", "dynamic_degree", "frechet")
+_COLUMNS = ("mean", "mean_against_recipe", "mean_against_phase_1", "sa", "tc", "fq", "dynamic_degree", "frechet")
+_COLUMNS += ("frechet_against_recipe", "frechet_against_phase_1")
 _FIRST = ("VSD alone", "consistency alone")  # phases I that phase II goes on from
 
 
@@ -178,16 +180,22 @@ def plan(
     return [e for e in first if e.name in starts], own, variants
 
 
-def leads(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], measure: str = "mean") -> list[float]:
+def leads(
+    a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], measure: str = "mean", row: str = "1 NFE"
+) -> list[float]:
     """By how much runs score above others of the same seeds; pairs of which one diverged are left out."""
     pairs = [(x["rows"], y["rows"]) for x, y in zip(a, b, strict=True) if "failed" not in x and "failed" not in y]
-    return [x["1 NFE"]["values"][measure] - y["1 NFE"]["values"][measure] for x, y in pairs]
+
+    def score(rows: dict[str, Any]) -> float:
+        return rows[row]["frechet"] if measure == "frechet" else rows[row]["values"][measure]
+
+    return [score(x) - score(y) for x, y in pairs]
 
 
 def verdict(jobs: dict[str, list[dict[str, Any]]], paper: tuple[str, ...], measure: str) -> str:
     """Whether the order found is the paper's."""
     if not paper:
-        return "the paper gives no figures"
+        return "the paper has no such figures"
     said = (f"{a} over {b}: {_word(leads(jobs[a], jobs[b], measure))}" for a, b in itertools.pairwise(paper))
     return f"{measure}: {'; '.join(said)}"
 
@@ -242,7 +250,9 @@ def run(arguments: argparse.Namespace) -> None:
     about |= {"variants": digest({study: {n: digest(e.load()) for n, e in es.items()} for study, es in every.items()})}
     tables = {study: _table(study, entries, done) for study, entries in variants.items()}
     for study, table in tables.items():
-        print_table(f"{study}: {table['verdict']}", table["rows"], (*_COLUMNS, "training_minutes", "diverged"))
+        for row, rows in table["rows"].items():
+            said = f": {table['verdict']}" if row == "1 NFE" else ""
+            print_table(f"{study}, {row}{said}", rows, (*_COLUMNS, "training_minutes", "diverged"))
     tables = write_part("ablation", about, "studies", tables, root)
     print(json.dumps({"benchmark": "ablation", "verdicts": {name: t["verdict"] for name, t in tables.items()}}))
 
@@ -251,18 +261,20 @@ def _table(study: str, entries: dict[str, Entry], done: dict[str, list[dict[str,
     """A study's rows, each beside the recipe and beside the phase I that it went on from, and what the paper says."""
     found = {name: done[entry.name] for name, entry in entries.items()}
     starts = {name: start_of(study, name) for name in found}
-    base, paper, measure = as_it_stands(study), _FIRST, "mean"
+    paper, measured = _FIRST, "mean"
     if study != "priming":
-        paper, measure = STUDIES[study].paper, STUDIES[study].measure
+        paper, measured = STUDIES[study].paper, STUDIES[study].measure
     shown = found | ({"phase I alone": done[_FIRST[0]]} if set(starts.values()) == {_FIRST[0]} else {})
-    rows = {name: summary(runs, "1 NFE") for name, runs in shown.items()}
-    for name, runs in shown.items():
-        against = {"against_recipe": base, "against_phase_1": starts.get(name)}
-        for key, other in against.items():
-            if other and (pairs := leads(runs, done[other])):
-                rows[name][key] = spread(pairs)
-    names = {name: entry.name for name, entry in entries.items()}
-    return {"rows": rows, "paper": list(paper), "verdict": verdict(found, paper, measure), "jobs": names}
+    against = {"recipe": dict.fromkeys(shown, as_it_stands(study)), "phase_1": starts}
+    tables = {row: {name: summary(runs, row) for name, runs in shown.items()} for row in ("1 NFE", "4 NFE")}
+    for (row, rows), (name, runs), (key, others) in itertools.product(tables.items(), shown.items(), against.items()):
+        for measure in ("mean", "frechet"):
+            if (other := others.get(name)) and (pairs := leads(runs, done[other], measure, row)):
+                rows[name][f"{measure}_against_{key}"] = spread(pairs)
+    jobs = {
+        name: {"name": entry.name, "recipes": [job["recipe"] for job in found[name]]} for name, entry in entries.items()
+    }
+    return {"rows": tables, "paper": list(paper), "verdict": verdict(found, paper, measured), "jobs": jobs}
 
 
 if __name__ == "__main__":

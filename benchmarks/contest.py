@@ -1,4 +1,4 @@
-"""What quality.py, tuning.py and ablation.py share: entries trained on one budget and set side by side.
+"""What quality.py, tuning.py, explore.py and ablation.py share: entries trained on one budget and set side by side.
 
 A budget is wall-clock or clips seen, and every ``student_steps`` of an entry's recipe, with its ``head_warmup_turns``,
 is scaled by one factor to meet it. What a step costs is measured before, all entries in turn in each of several rounds,
@@ -321,12 +321,13 @@ COLUMNS = ("sa", "tc", "fq", "mean", "dynamic_degree", "frechet", "trajectory_er
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, dict[str, float]]], columns: Sequence[str]) -> None:
-    print(f"\n{title}\n{'':<28}" + "".join(f"{name:>18}" for name in columns))
+    widths = {column: max(18, len(column) + 2) for column in columns}
+    print(f"\n{title}\n{'':<28}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for name, values in rows.items():
-        cells = (values.get(column) for column in columns)
+        cells = ((values.get(column), width) for column, width in widths.items())
         texts = (
-            "" if c is None else f"{c['mean']:.3g}" if np.isnan(c["standard_error"] or np.nan)
-            else f"{c['mean']:.3g} ± {c['standard_error']:.2g}"
-            for c in cells
+            ("" if c is None else f"{c['mean']:.3g}" if np.isnan(c["standard_error"] or np.nan)
+             else f"{c['mean']:.3g} ± {c['standard_error']:.2g}", width)
+            for c, width in cells
         )  # fmt: skip
-        print(f"{name:<28}" + "".join(f"{text:>18}" for text in texts))
+        print(f"{name:<28}" + "".join(f"{text:>{width}}" for text, width in texts))

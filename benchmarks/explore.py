@@ -115,16 +115,25 @@ def run(arguments: argparse.Namespace) -> None:
     for name, entry in tried.items():  # one by one: a trial may start from the run of one before it
         cost = measure_costs([entry], root, arguments.ranks, known)[name]
         settings[name] = on_budget(entry, cost, "seconds", 60 * trials[name]["minutes"])
+        for seed, own in seeded.items():  # several processes share the seeds
+            run_jobs([own[name]], [seed], root, settings, wait=False, **options)
         for seed, own in seeded.items():
-            started_from = any(_start(root, name, seed) in e.overrides for e in own.values())
-            run_jobs([own[name]], [seed], root, settings, wait=started_from, **options)
+            if any(_start(root, name, seed) in e.overrides for e in own.values()):
+                (start,) = run_jobs([own[name]], [seed], root, settings, **options)[name]
+                if "failed" in start:
+                    raise UserError(
+                        f"{name} diverged with seed {seed}, and other trials start from it: leave the seed out"
+                    )
     for name, (seed, own) in itertools.product(tried, seeded.items()):
         jobs[name] += run_jobs([own[name]], [seed], root, settings, **options)[name]
     rows = {name: summary(js, "1 NFE", 60 * trials[name]["minutes"]) for name, js in jobs.items()}
     print_table("trials", rows, (*COLUMNS, "training_minutes", "percent_of_budget", "diverged"))
     about = {key: getattr(arguments, key) for key in ("world", "seeds", "clips", "ranks")}
     written = {
-        n: trials[n] | {"settings": list(settings[n]), "row": rows[n], "commit": jobs[n][0]["commit"]} for n in tried
+        name: trials[name]
+        | {"settings": list(settings[name]), "row": rows[name], "commits": sorted({job["commit"] for job in js})}
+        | {"means": [job["rows"]["1 NFE"]["values"]["mean"] if "rows" in job else None for job in js]}
+        for name, js in jobs.items()
     }
     name = f"exploration_{arguments.trials.stem}"
     write_result(name, {"benchmark": "explore", "set": list(arguments.overrides)} | about | {"trials": written})

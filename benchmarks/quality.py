@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--done", action="store_true", help="tables of the jobs that are done so far; train none")
     parser.add_argument("--lines", action="store_true", help="judge the teacher alone: how far its lines lie apart")
     parser.add_argument(
-        "--chosen-on", type=int, default=128, help="first validation clips, that settings were chosen on"
+        "--chosen-on", type=int, default=128, help="how many of the first validation clips settings were chosen on"
     )
     parser.add_argument("--because", help="why the test split is looked at again")
     carry_out(run, parser)
@@ -184,6 +184,8 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.final and arguments.done:
         raise UserError("--final and --done exclude each other: the test split is looked at once, and as a whole")
+    if arguments.chosen_on < 0:
+        raise UserError(f"--chosen-on is {arguments.chosen_on}; write how many clips settings were chosen on, or 0")
     split = "test" if arguments.final else "validation"
     every = entries(arguments)
     vpae, chosen = every[0], pick(every, arguments.methods)
@@ -253,7 +255,7 @@ def run(arguments: argparse.Namespace) -> None:
         other = {equal: on_other_clips(rows["teacher 100 NFE"], jobs, first) for equal, jobs in trained.items()}
         document["on_other_clips"] = {"from": first} | other
         for equal, found in other.items():
-            print_table(f"equal {equal}, clips from {first} on, on which no setting was chosen", found["means"], _STEPS)
+            print_table(f"equal {equal}, means on the clips from {first} (--chosen-on) on", found["means"], _STEPS)
     written = json.loads(write_result(name, document).read_text())  # as written: JSON has no NaN
     last = ("benchmark", "split", "seeds", "bars", "on_other_clips")
     print(json.dumps({key: written[key] for key in last if key in written}))

@@ -271,6 +271,7 @@ def test_what_is_done_can_be_set_side_by_side_without_training(contest, jobs, on
     "options, says",
     [
         (["--final"], "--final and --done exclude each other"),
+        (["--chosen-on", "-5"], "--chosen-on is -5; write how many"),
         (["--ranks", "77"], "vpae was not yet run with --ranks 77"),
     ],
 )
@@ -413,11 +414,14 @@ def test_trials_of_several_seeds_start_each_from_its_own(explore, tmp_path, monk
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(listed))
     asked: list[tuple[str, int, str, bool]] = []
     written: dict = {}
+    lost: set[str] = set()
 
     def run_jobs(entries, seeds, root, settings, wait=True, **options):
         ((entry,), (seed,)) = entries, seeds
         start = [o for o in entry.overrides if o.startswith("priming_run")]
         asked.append((entry.name, seed, *start, wait))
+        if entry.name in lost:
+            return {entry.name: [{"failed": "a loss was not finite"}]}
         return {entry.name: [_runs(float(seed))[0] | {"commit": "c"}]}
 
     monkeypatch.setattr(explore, "run_jobs", run_jobs)
@@ -428,14 +432,15 @@ def test_trials_of_several_seeds_start_each_from_its_own(explore, tmp_path, monk
     monkeypatch.setattr("sys.argv", ["explore.py", *words])
     explore.main()
     start = f"priming_run={tmp_path}/first-seed"
-    assert asked[:4] == [
-        ("first", 3, True),
-        ("first", 5, True),
-        ("second", 3, f"{start}3", False),
-        ("second", 5, f"{start}5", False),
-    ]
+    first = [("first", 3, False), ("first", 5, False), ("first", 3, True), ("first", 5, True)]
+    assert asked[:6] == [*first, ("second", 3, f"{start}3", False), ("second", 5, f"{start}5", False)]
     found = written["exploration_two"]
     assert found["seeds"] == [3, 5] and found["trials"]["second"]["row"]["tc"] == {"mean": 4, "standard_error": 1}
+    assert found["trials"]["second"]["means"] == [13, 15]
+    lost.add("first")
+    with pytest.raises(SystemExit):
+        explore.main()
+    assert "first diverged with seed 3" in capsys.readouterr().err
 
 
 def test_an_ablation_trains_what_its_studies_share_once(monkeypatch):
@@ -475,10 +480,12 @@ def test_a_study_of_a_moved_recipe_still_has_its_variants_and_its_base(monkeypat
 
 
 def _runs(*values: float) -> list[dict]:
-    rows = ({"tc": value, "mean": value + 10} for value in values)
+    rows = [{"tc": value, "mean": value + 10} for value in values]
     more = {"frechet": 0.1, "diversity": 1.0, "seconds_per_clip": 1.0}
     about = {"seconds_training": 60.0, "peak_bytes": 2**30, "split": "validation", "clips": 8}
-    return [{"rows": {"1 NFE": {"values": row} | more}, "seed": i} | about for i, row in enumerate(rows)]
+    half = [{"values": {k: v / 2 for k, v in row.items()}} | more | {"frechet": row["tc"]} for row in rows]
+    both = zip(rows, half, strict=True)
+    return [{"rows": {"1 NFE": {"values": a} | more, "4 NFE": b}, "seed": i} | about for i, (a, b) in enumerate(both)]
 
 
 def test_the_verdict_of_a_study_pairs_seeds_and_knows_what_is_no_difference(monkeypatch):
@@ -498,7 +505,7 @@ def test_the_verdict_of_a_study_pairs_seeds_and_knows_what_is_no_difference(monk
     assert verdict({k: v[:1] for k, v in jobs.items()}, ("a", "b"), "tc") == "tc: a over b: too few seeds to tell"
     jobs["b"][1] = {"failed": "a loss was not finite"}
     assert leads(jobs["a"], jobs["b"]) == pytest.approx([2, 2.5])
-    assert verdict(jobs, (), "tc") == "the paper gives no figures"
+    assert verdict(jobs, (), "tc") == "the paper has no such figures"
 
 
 def test_an_ablation_sets_variants_beside_the_recipe_and_the_phase_they_went_on_from(monkeypatch, tmp_path, capsys):
@@ -539,11 +546,14 @@ def test_an_ablation_sets_variants_beside_the_recipe_and_the_phase_they_went_on_
     study = call("--studies", "judge")["studies"]["judge"]
     assert asked["judge frozen"] == asked["VSD"] == (f"priming_run={tmp_path}/VSD alone-seed{{seed}}",)
     assert asked["VSD alone"] == () and "consistency alone" not in asked
-    rows = study["rows"]
-    assert set(rows) == {"frozen", "unified", "trainable", "phase I alone"} and study["jobs"]["unified"] == "VSD"
-    assert rows["frozen"]["against_recipe"]["mean"] == len("judge frozen") - len("VSD")
-    assert rows["frozen"]["against_phase_1"]["mean"] == len("judge frozen") - len("VSD alone")
-    assert rows["unified"]["against_recipe"]["mean"] == 0 and "against_phase_1" not in rows["phase I alone"]
+    rows, four = study["rows"]["1 NFE"], study["rows"]["4 NFE"]
+    assert set(rows) == set(four) == {"frozen", "unified", "trainable", "phase I alone"}
+    assert study["jobs"]["unified"] == {"name": "VSD", "recipes": ["VSD-0", "VSD-1", "VSD-2"]}
+    assert rows["frozen"]["mean_against_recipe"]["mean"] == len("judge frozen") - len("VSD")
+    assert rows["frozen"]["mean_against_phase_1"]["mean"] == len("judge frozen") - len("VSD alone")
+    assert rows["unified"]["mean_against_recipe"]["mean"] == 0 and "mean_against_phase_1" not in rows["phase I alone"]
+    assert rows["frozen"]["frechet_against_recipe"]["mean"] == 0
+    assert four["frozen"]["frechet_against_recipe"]["mean"] == 2 * four["frozen"]["mean_against_recipe"]["mean"] == 9
     assert study["verdict"] == "tc: unified over frozen: disagree (-9.00 \u00b1 0.00)"
     kept = {job["recipe"] for job in json.loads((results / "ablation_jobs.json").read_text())["jobs"]}
     assert {"VSD alone-0", "VSD-2", "judge frozen-1"} <= kept
@@ -551,11 +561,11 @@ def test_an_ablation_sets_variants_beside_the_recipe_and_the_phase_they_went_on_
     found = call("--studies", "student")["studies"]
     assert set(found) == {"judge", "student"}, "on the same terms"
     assert set(asked) == {"both phases", "student lora"} and asked["both phases"] == ()
-    assert "against_phase_1" not in found["student"]["rows"]["lora"]
+    assert "mean_against_phase_1" not in found["student"]["rows"]["1 NFE"]["lora"]
     assert set(call("--studies", "student", "--set", "equilibrium.sds.weight=5")["studies"]) == {"student"}
     lost.add("judge frozen")
-    rows = call("--studies", "judge")["studies"]["judge"]["rows"]
-    assert rows["frozen"]["diverged"]["mean"] == 1 and rows["frozen"]["against_recipe"]["mean"] == 9
+    row = call("--studies", "judge")["studies"]["judge"]["rows"]["1 NFE"]["frozen"]
+    assert row["diverged"]["mean"] == 1 and row["mean_against_recipe"]["mean"] == 9
     lost.add("VSD alone")
     with pytest.raises(SystemExit):
         call("--studies", "judge")
