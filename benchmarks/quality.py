@@ -267,14 +267,11 @@ def on_other_clips(teacher: dict[str, Any], jobs: dict[str, list[dict[str, Any]]
     def cut(row: dict[str, Any]) -> dict[str, Any]:
         return {"clip_means": row["clip_means"][first:], "values": row["values"]}
 
-    rest = {
-        name: [job if "failed" in job else {"rows": {n: cut(row) for n, row in job["rows"].items()}} for job in js]
-        for name, js in jobs.items()
-    }
+    whole = {name: [job["rows"] for job in js if "failed" not in job] for name, js in jobs.items()}
+    rest = {name: [{"rows": {n: cut(rows[n]) for n in _STEPS}} for rows in js] for name, js in whole.items() if js}
     means = {
-        name: {n: spread([np.mean(job["rows"][n]["clip_means"]) for job in js if "failed" not in job]) for n in _STEPS}
+        name: {n: spread([np.mean(job["rows"][n]["clip_means"]) for job in js]) for n in _STEPS}
         for name, js in rest.items()
-        if any("failed" not in job for job in js)
     }
     found = bars(cut(teacher), rest)
     found.pop("dynamic_degree_percent", None)  # of all clips together
