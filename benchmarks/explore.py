@@ -3,12 +3,13 @@
     python benchmarks/explore.py benchmarks/trials/open_second.yaml --ranks 1
 
 The list is a YAML of ``name: {of: METHOD, minutes: M, set: [key=value, ...]}``, in the order in which they were thought
-of: METHOD is an entry of ``quality.py``, its recipe under the overrides is trained for that long and judged at 1 NFE on
-the validation split. ``{root}`` in an override is the folder of jobs and ``{seed}`` the seed, so that a trial of phase
-II can start from another's phase I (``priming_run={root}/NAME-seed{seed}``), which then stands before it. One seed and
-128 clips leave a standard error of two points: the best of many such trials is partly luck, so give ``--seeds 0 1 2``
-and ``--clips 256`` where settings are near one another. Give it again after a stop, or several times at once, as for
-quality.py. Writes benchmarks/results/exploration_NAME.json.
+of: METHOD is an entry of ``quality.py``, its recipe under the overrides is trained for that long and judged on the
+validation split, at 1 NFE or at every number of ``--steps``. ``{root}`` in an override is the folder of jobs and
+``{seed}`` the seed, so that a trial of phase II can start from another's phase I
+(``priming_run={root}/NAME-seed{seed}``), which then stands before it. One seed and 128 clips leave a standard error of
+two points: the best of many such trials is partly luck, so give ``--seeds 0 1 2`` and ``--clips 256`` where settings
+are near one another. Give it again after a stop, or several times at once, as for quality.py. Writes
+benchmarks/results/exploration_NAME.json.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("trials", type=Path, help="the list")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1], help="NFE to judge at")
     parser.set_defaults(clips=128)
     carry_out(run, parser)
 
@@ -108,7 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
     seeded = {seed: as_entries(trials, every, root, seed) for seed in arguments.seeds}
     tried = seeded[arguments.seeds[0]]
     check_one_world(list(tried.values()))
-    options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips, "steps": (1,)}
+    options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
+    options["steps"], nfe = arguments.steps, [f"{n} NFE" for n in arguments.steps]
     known = stored(f"quality_{arguments.world}_validation_jobs")["costs"]
     settings: dict[str, tuple[str, ...]] = {}
     jobs: dict[str, list[dict[str, Any]]] = {name: [] for name in tried}
@@ -126,18 +129,21 @@ def run(arguments: argparse.Namespace) -> None:
                     )
     for name, (seed, own) in itertools.product(tried, seeded.items()):
         jobs[name] += run_jobs([own[name]], [seed], root, settings, **options)[name]
-    rows = {name: summary(js, "1 NFE", 60 * trials[name]["minutes"]) for name, js in jobs.items()}
-    print_table("trials", rows, (*COLUMNS, "training_minutes", "percent_of_budget", "diverged"))
+    rows = {n: {name: summary(js, n, 60 * trials[name]["minutes"]) for name, js in jobs.items()} for n in nfe}
+    for n in nfe:
+        print_table(n, rows[n], (*COLUMNS, "training_minutes", "percent_of_budget", "diverged"))
     about = {key: getattr(arguments, key) for key in ("world", "seeds", "clips", "ranks")}
     written = {
         name: trials[name]
-        | {"settings": list(settings[name]), "row": rows[name], "commits": sorted({job["commit"] for job in js})}
-        | {"means": [job["rows"]["1 NFE"]["values"]["mean"] if "rows" in job else None for job in js]}
+        | {"settings": list(settings[name]), "rows": {n: rows[n][name] for n in nfe}}
+        | {"means": {n: [j["rows"][n]["values"]["mean"] if "rows" in j else None for j in js] for n in nfe}}
+        | {"commits": sorted({job["commit"] for job in js})}
         for name, js in jobs.items()
     }
     name = f"exploration_{arguments.trials.stem}"
     write_result(name, {"benchmark": "explore", "set": list(arguments.overrides)} | about | {"trials": written})
-    print(json.dumps({"benchmark": "explore", "means": {n: r["mean"]["mean"] for n, r in rows.items() if "mean" in r}}))
+    means = {n: {name: row["mean"]["mean"] for name, row in rows[n].items() if "mean" in row} for n in nfe}
+    print(json.dumps({"benchmark": "explore", "means": means}))
 
 
 if __name__ == "__main__":

@@ -428,15 +428,16 @@ def test_trials_of_several_seeds_start_each_from_its_own(explore, tmp_path, monk
     monkeypatch.setattr(explore, "measure_costs", lambda es, *_: {e.name: None for e in es})
     monkeypatch.setattr(explore, "on_budget", lambda *_: ())
     monkeypatch.setattr(explore, "write_result", lambda name, document: written.update({name: document}))
-    words = [str(tmp_path / "two.yaml"), "--root", str(tmp_path), "--seeds", "3", "5"]
+    words = [str(tmp_path / "two.yaml"), "--root", str(tmp_path), "--seeds", "3", "5", "--steps", "1", "4"]
     monkeypatch.setattr("sys.argv", ["explore.py", *words])
     explore.main()
     start = f"priming_run={tmp_path}/first-seed"
     first = [("first", 3, False), ("first", 5, False), ("first", 3, True), ("first", 5, True)]
     assert asked[:6] == [*first, ("second", 3, f"{start}3", False), ("second", 5, f"{start}5", False)]
     found = written["exploration_two"]
-    assert found["seeds"] == [3, 5] and found["trials"]["second"]["row"]["tc"] == {"mean": 4, "standard_error": 1}
-    assert found["trials"]["second"]["means"] == [13, 15]
+    second = found["trials"]["second"]
+    assert found["seeds"] == [3, 5] and second["rows"]["1 NFE"]["tc"] == {"mean": 4, "standard_error": 1}
+    assert second["means"] == {"1 NFE": [13, 15], "4 NFE": [6.5, 7.5]}
     lost.add("first")
     with pytest.raises(SystemExit):
         explore.main()
