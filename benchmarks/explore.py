@@ -9,7 +9,8 @@ validation split, at 1 NFE or at every number of ``--steps``. ``{root}`` in an o
 (``priming_run={root}/NAME-seed{seed}``), which then stands before it. One seed and 128 clips leave a standard error of
 two points: the best of many such trials is partly luck, so give ``--seeds 0 1 2`` and ``--clips 256`` where settings
 are near one another. Give it again after a stop, or several times at once, as for quality.py. Writes
-benchmarks/results/exploration_NAME.json.
+benchmarks/results/exploration_NAME.json: for each trial a row and every seed's mean, by number of steps (``rows``,
+``means``; lists of before 2026-11-27 evening have one ``row``).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("trials", type=Path, help="the list")
     parser.add_argument("--peers", type=Path, default=RECIPES / "peers", help="folder of the others' recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[1], help="NFE to judge at")
+    parser.add_argument("--steps", type=int, nargs="+", choices=(1, 4), default=[1], help="NFE to judge at")
     parser.set_defaults(clips=128)
     carry_out(run, parser)
 
@@ -111,7 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
     tried = seeded[arguments.seeds[0]]
     check_one_world(list(tried.values()))
     options = {"ranks": arguments.ranks, "split": "validation", "clips": arguments.clips}
-    options["steps"], nfe = arguments.steps, [f"{n} NFE" for n in arguments.steps]
+    options["steps"] = sorted(set(arguments.steps))
+    nfe = [f"{n} NFE" for n in options["steps"]]
     known = stored(f"quality_{arguments.world}_validation_jobs")["costs"]
     settings: dict[str, tuple[str, ...]] = {}
     jobs: dict[str, list[dict[str, Any]]] = {name: [] for name in tried}

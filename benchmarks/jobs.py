@@ -335,12 +335,19 @@ def _job(
         return
     print(f"== {entry.name}, seed {seed}: {' '.join(own)}", flush=True)
     set_aside(folder, asked["recipe"])
+    steps = sorted({*steps, *_judged_at(asked, file)})  # what another call asked for stays
     record = {"name": entry.name, "overrides": list(own), "seed": seed, "commit": commit()} | asked
     try:
         record |= _result(entry, folder, own, ranks=ranks, split=split, clips=clips, steps=steps)
     except Diverged as error:
         record |= {"failed": str(error)}
     write_json(file, record | {"environment": environment() | {"ranks": ranks}})
+
+
+def _judged_at(about: dict[str, Any], file: Path) -> list[int]:
+    """Steps of the sampler that the job in a file has been judged at, if it is the one asked for."""
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return [int(row.split()[0]) for row in found.get("rows", {})] if about.items() <= found.items() else []
 
 
 def _result(

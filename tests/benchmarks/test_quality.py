@@ -248,7 +248,9 @@ def test_a_run_that_was_interrupted_is_no_result(jobs, one_job, folder, capfd):
     assert not (folder / "root" / "vpae-seed0.validation-2.json").exists()
     assert one_job("done", 0, 9)["seconds_training"] == 60
     assert one_job("not run again", 1, 0)["seconds_training"] == 60
-    assert set(one_job("trained, not yet judged so", 0, 9, (1, 4))["rows"]) == {"1 NFE", "4 NFE"}
+    both = one_job("trained, not yet judged so", 0, 9, (4,))["rows"]
+    assert list(both) == ["1 NFE", "4 NFE"], "what an earlier call asked for stays, and the videos are of the first"
+    assert list(one_job("not run again", 1, 0, (1, 4))["rows"]) == ["1 NFE", "4 NFE"]
 
 
 def test_what_is_done_can_be_set_side_by_side_without_training(contest, jobs, one_job, folder):
@@ -419,17 +421,18 @@ def test_trials_of_several_seeds_start_each_from_its_own(explore, tmp_path, monk
     def run_jobs(entries, seeds, root, settings, wait=True, **options):
         ((entry,), (seed,)) = entries, seeds
         start = [o for o in entry.overrides if o.startswith("priming_run")]
+        assert options["steps"] == steps and options["clips"] == 128
         asked.append((entry.name, seed, *start, wait))
         if entry.name in lost:
-            return {entry.name: [{"failed": "a loss was not finite"}]}
+            return {entry.name: [{"failed": "a loss was not finite", "commit": "c"}]}
         return {entry.name: [_runs(float(seed))[0] | {"commit": "c"}]}
 
     monkeypatch.setattr(explore, "run_jobs", run_jobs)
     monkeypatch.setattr(explore, "measure_costs", lambda es, *_: {e.name: None for e in es})
     monkeypatch.setattr(explore, "on_budget", lambda *_: ())
     monkeypatch.setattr(explore, "write_result", lambda name, document: written.update({name: document}))
-    words = [str(tmp_path / "two.yaml"), "--root", str(tmp_path), "--seeds", "3", "5", "--steps", "1", "4"]
-    monkeypatch.setattr("sys.argv", ["explore.py", *words])
+    words, steps = [str(tmp_path / "two.yaml"), "--root", str(tmp_path), "--seeds", "3", "5"], [1, 4]
+    monkeypatch.setattr("sys.argv", ["explore.py", *words, "--steps", "4", "1"])
     explore.main()
     start = f"priming_run={tmp_path}/first-seed"
     first = [("first", 3, False), ("first", 5, False), ("first", 3, True), ("first", 5, True)]
@@ -437,7 +440,17 @@ def test_trials_of_several_seeds_start_each_from_its_own(explore, tmp_path, monk
     found = written["exploration_two"]
     second = found["trials"]["second"]
     assert found["seeds"] == [3, 5] and second["rows"]["1 NFE"]["tc"] == {"mean": 4, "standard_error": 1}
-    assert second["means"] == {"1 NFE": [13, 15], "4 NFE": [6.5, 7.5]}
+    assert second["means"] == {"1 NFE": [13, 15], "4 NFE": [6.5, 7.5]} and second["commits"] == ["c"]
+    lost.add("second")
+    explore.main()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["means"] == {"1 NFE": {"first": 14}, "4 NFE": {"first": 7}}, "a mean of none is none"
+    lost_one = written["exploration_two"]["trials"]["second"]
+    assert lost_one["means"] == {"1 NFE": [None, None], "4 NFE": [None, None]}
+    steps = [1]  # the default
+    monkeypatch.setattr("sys.argv", ["explore.py", *words])
+    explore.main()
+    assert list(written["exploration_two"]["trials"]["first"]["rows"]) == ["1 NFE"]
     lost.add("first")
     with pytest.raises(SystemExit):
         explore.main()
