@@ -56,6 +56,7 @@ from vpae.evaluation import clips_of
 from vpae.files import write_json
 from vpae.models import find_model, weights_fingerprint
 from vpae.recipe import digest
+from vpae.runs import environment
 
 TEACHER = {  # few steps on Wan's own grid: the last evaluation on diffusers' moves nothing
     "teacher 100 NFE": {"steps": 50, "guidance_scale": 2.0, "sampler": "euler"},
@@ -200,7 +201,10 @@ def run(arguments: argparse.Namespace) -> None:
     before = stored(f"{name}_jobs")
     measured = [vpae, *(e for e in chosen if e.name != "vpae")]
     if arguments.done and (new := [e.name for e in measured if cost_key(e, arguments.ranks) not in before["costs"]]):
-        raise UserError(f"--done: {new[0]} was not yet run with --ranks {arguments.ranks} on this kind of machine")
+        raise UserError(
+            f"--done: {new[0]} was not yet run with --ranks {arguments.ranks} and {environment()['threads']} threads "
+            "(OMP_NUM_THREADS) on this kind of machine"
+        )
     costs = measure_costs(measured, arguments.root, arguments.ranks, before["costs"])
     rows, videos = reference(arguments.root, vpae, split, arguments.clips)
     lines = {name: _as_summary(row) for name, row in rows.items()}
