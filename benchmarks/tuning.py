@@ -52,8 +52,9 @@ def _rate(rate: float, *optimisers: str, schedule: str = "cosine") -> Overrides:
 
 
 _PRIMED = _rate(6e-4, "consistency.student")
-_FIVE = "method.critic_per_student=5"
-_FIRM = _rate(1e-5, "student", "head", schedule="constant")  # the rates of APT's second phase, before it was tuned
+_FIVE = ("method.guidance_scale=2.0", "method.critic_per_student=5")
+_SHARES = ("method.consistency.student_steps=300", "method.student_steps=150")  # of APT's phases, not yet tuned
+_FIRM = _rate(1e-5, "student", "head", schedule="constant")  # and the rates of the second
 _ONE = "method.head_per_student=1"
 _EMA = "method.consistency.target=ema"
 
@@ -68,17 +69,23 @@ SPACES: dict[str, list[Overrides]] = {
         ("equilibrium.sds.weight=1",),
     ],
     "dmd2": [
-        (*_rate(1e-4, "student", "critic", schedule="constant"), _FIVE),
-        *((*_rate(rate, "student", "critic"), _FIVE) for rate in (3e-4, 6e-4, 1e-3)),
-        (*_rate(6e-4, "student", "critic"), "method.critic_per_student=3"),
-        (*_rate(6e-4, "student", "critic"), _FIVE, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
+        (*_rate(1e-4, "student", "critic", schedule="constant"), *_FIVE),
+        *((*_rate(rate, "student", "critic"), *_FIVE) for rate in (3e-4, 6e-4, 1e-3)),
+        (*_rate(6e-4, "student", "critic"), "method.guidance_scale=2.0", "method.critic_per_student=3"),
+        (*_rate(6e-4, "student", "critic"), *_FIVE, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
     ],
     "apt": [
-        (*_rate(1e-4, "consistency.student", schedule="constant"), *_FIRM),
-        *((*_rate(rate, "consistency.student"), *_FIRM) for rate in (3e-4, 6e-4)),
-        (*_PRIMED, *_rate(5e-5, "student", "head")),
-        (*_PRIMED, *_rate(2e-4, "student", "head")),
-        (*_PRIMED, *_FIRM, "method.head_optimiser.learning_rate=3.0e-4", "method.head_optimiser.betas=[0.9, 0.99]"),
+        (*_SHARES, *_rate(1e-4, "consistency.student", schedule="constant"), *_FIRM),
+        *((*_SHARES, *_rate(rate, "consistency.student"), *_FIRM) for rate in (3e-4, 6e-4)),
+        (*_SHARES, *_PRIMED, *_rate(5e-5, "student", "head")),
+        (*_SHARES, *_PRIMED, *_rate(2e-4, "student", "head")),
+        (
+            *_SHARES,
+            *_PRIMED,
+            *_FIRM,
+            "method.head_optimiser.learning_rate=3.0e-4",
+            "method.head_optimiser.betas=[0.9, 0.99]",
+        ),
     ],
     "pcm": [
         _rate(1e-4, "consistency.student", schedule="constant"),
