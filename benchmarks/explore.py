@@ -9,8 +9,7 @@ validation split, at 1 NFE or at every number of ``--steps``. ``{root}`` in an o
 (``priming_run={root}/NAME-seed{seed}``), which then stands before it. One seed and 128 clips leave a standard error of
 two points: the best of many such trials is partly luck, so give ``--seeds 0 1 2`` and ``--clips 256`` where settings
 are near one another. Give it again after a stop, or several times at once, as for quality.py. Writes
-benchmarks/results/exploration_NAME.json: for each trial a row and every seed's mean, by number of steps (``rows``,
-``means``; lists of before 2026-11-27 evening have one ``row``).
+benchmarks/results/exploration_NAME.json: for each trial a row and every seed's mean, by number of steps.
 """
 
 from __future__ import annotations

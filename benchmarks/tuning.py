@@ -52,7 +52,8 @@ def _rate(rate: float, *optimisers: str, schedule: str = "cosine") -> Overrides:
 
 
 _PRIMED = _rate(6e-4, "consistency.student")
-_FIVE = ("method.guidance_scale=2.0", "method.critic_per_student=5")
+_GUIDED = "method.guidance_scale=2.0"
+_FIVE = (_GUIDED, "method.critic_per_student=5")
 _SHARES = ("method.consistency.student_steps=300", "method.student_steps=150")  # of APT's phases, not yet tuned
 _FIRM = _rate(1e-5, "student", "head", schedule="constant")  # and the rates of the second
 _ONE = "method.head_per_student=1"
@@ -71,7 +72,7 @@ SPACES: dict[str, list[Overrides]] = {
     "dmd2": [
         (*_rate(1e-4, "student", "critic", schedule="constant"), *_FIVE),
         *((*_rate(rate, "student", "critic"), *_FIVE) for rate in (3e-4, 6e-4, 1e-3)),
-        (*_rate(6e-4, "student", "critic"), "method.guidance_scale=2.0", "method.critic_per_student=3"),
+        (*_rate(6e-4, "student", "critic"), _GUIDED, "method.critic_per_student=3"),
         (*_rate(6e-4, "student", "critic"), *_FIVE, "method.student_gan_weight=3.0e-2", "method.critic_gan_weight=1.0"),
     ],
     "apt": [
